@@ -1,0 +1,54 @@
+"""lit_rlhf: PyTorch Lightning modules for training language models from feedback.
+
+Public names are imported on first use (PEP 562): `import lit_rlhf` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SFT": "lit_rlhf.algorithms.sft",
+    "GRPO": "lit_rlhf.algorithms.grpo",
+    "DAPO": "lit_rlhf.algorithms.dapo",
+    "OnPolicyModule": "lit_rlhf.algorithms.on_policy",
+    "RLHFModule": "lit_rlhf.algorithms.base",
+    "PolicyReferenceValue": "lit_rlhf.models.wrapper",
+    "SamplingConfig": "lit_rlhf.types",
+    "PromptBatch": "lit_rlhf.types",
+    "Rollout": "lit_rlhf.types",
+    "Experience": "lit_rlhf.types",
+    "InputError": "lit_rlhf.errors",
+    "register_adv_estimator": "lit_rlhf.registry",
+    "register_policy_loss": "lit_rlhf.registry",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from lit_rlhf.algorithms.base import RLHFModule as RLHFModule
+    from lit_rlhf.algorithms.dapo import DAPO as DAPO
+    from lit_rlhf.algorithms.grpo import GRPO as GRPO
+    from lit_rlhf.algorithms.on_policy import OnPolicyModule as OnPolicyModule
+    from lit_rlhf.algorithms.sft import SFT as SFT
+    from lit_rlhf.errors import InputError as InputError
+    from lit_rlhf.models.wrapper import PolicyReferenceValue as PolicyReferenceValue
+    from lit_rlhf.registry import register_adv_estimator as register_adv_estimator
+    from lit_rlhf.registry import register_policy_loss as register_policy_loss
+    from lit_rlhf.types import Experience as Experience
+    from lit_rlhf.types import PromptBatch as PromptBatch
+    from lit_rlhf.types import Rollout as Rollout
+    from lit_rlhf.types import SamplingConfig as SamplingConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lit_rlhf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,205 @@
+"""The batches that travel between the parts: plain frozen dataclasses, shapes in the field comments.
+
+Letters: B prompts, G samples per prompt, N = B * G rows, P prompt width, T response width.
+Prompts are left-padded, responses right-padded; `response_mask` is true on every sampled token, the
+first EOS included, and false after it, on padding and on tokens that the policy did not sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lit_rlhf.errors import InputError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are sampled. Every argument is passed on explicitly: no engine default ever applies.
+
+    Args:
+        max_new_tokens: longest completion, in tokens, EOS included.
+        temperature: the sampling temperature; log-probs are scored at the same one. 0 means greedy.
+        top_p: nucleus mass; 1 keeps the full distribution, as training rollouts should.
+        top_k: number of most likely tokens kept; 0 keeps all.
+        group_size: G, samples per prompt. An algorithm's own `group_size` replaces it.
+        stop: extra strings that end a completion, each a single token of the tokenizer.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    group_size: int = 1
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be sampled with."""
+        for name, ok, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("group_size", self.group_size >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise InputError(f"sampling: {name} must be {rule}, got {getattr(self, name)}")
+
+    @property
+    def truncates_distribution(self) -> bool:
+        """Whether the sampled distribution differs from softmax(logits / temperature)."""
+        return self.temperature == 0 or self.top_p < 1 or self.top_k > 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Base of the batches: `len`, row indexing, `.to(device)`. Tensors of rank 0 are shared by all rows."""
+
+    def _map_tensors(self, fn: Any) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: fn(v) for k, v in values.items() if isinstance(v, Tensor)})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Copy every tensor to `device`."""
+        return self._map_tensors(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, index: Tensor | slice) -> Self:
+        """Select rows, by a slice, an index tensor or a boolean tensor `[N]`."""
+        return self._map_tensors(lambda t: t[index] if t.ndim else t)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts to sample for.
+
+    `index` is each prompt's position in the endless prompt stream: it is the group id of the prompt's
+    samples and, with the run's seed, decides their random numbers, whichever rank draws them.
+    """
+
+    prompt_ids: list[list[int]]  # B lists of token ids, unpadded
+    columns: dict[str, list[Any]]  # the dataset's columns, B values each; "prompt" is the text
+    index: list[int]  # B stream positions
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class CompletionBatch(Rows):
+    """Prompts with completions to imitate (SFT). The step counts are those of `Experience`."""
+
+    prompt_ids: Tensor  # [N, P] int64, left-padded
+    prompt_mask: Tensor  # [N, P] bool
+    response_ids: Tensor  # [N, T] int64, right-padded
+    response_mask: Tensor  # [N, T] bool, EOS included
+    step_tokens: Tensor | None = None  # []
+    step_rows: Tensor | None = None  # []
+
+
+@dataclass(frozen=True)
+class Rollout(Rows):
+    """Sampled completions; `rewards` are there once scored, the optional log-probs once computed."""
+
+    prompt_ids: Tensor  # [N, P] int64, left-padded
+    prompt_mask: Tensor  # [N, P] bool
+    response_ids: Tensor  # [N, T] int64, right-padded
+    response_mask: Tensor  # [N, T] bool
+    behavior_logprobs: Tensor  # [N, T] float32, of the distribution sampled from
+    truncated: Tensor  # [N] bool, ended by max_new_tokens and not by EOS or a stop token
+    group_ids: Tensor  # [N] int64, rows of one prompt share one id
+    version: Tensor  # [N] int64, optimiser steps the sampling weights had taken
+    raw_rewards: Tensor | None = None  # [N] weighted sum of the reward functions; NaN: none applies
+    reward_parts: Tensor | None = None  # [N, F] each reward function on its own; NaN: not applicable
+    rewards: Tensor | None = None  # [N] or [N, T], after shaping
+    old_logprobs: Tensor | None = None  # [N, T] under the policy at the start of the update phase
+    ref_logprobs: Tensor | None = None  # [N, T] under the reference
+    values: Tensor | None = None  # [N, T] before emitting token t
+
+    @property
+    def lengths(self) -> Tensor:
+        """Sampled tokens per row, `[N]` int64."""
+        return self.response_mask.sum(1)
+
+    def spread(self, per_row: Tensor) -> Tensor:
+        """Put a number per row `[N]` on each of the row's sampled tokens: `[N, T]`, zero elsewhere."""
+        return torch.where(self.response_mask, per_row.unsqueeze(1), torch.zeros_like(per_row).unsqueeze(1))
+
+    def trim(self) -> Self:
+        """Drop leading prompt columns and trailing response columns that no row uses."""
+        first = int(self.prompt_mask.any(0).float().argmax()) if self.prompt_mask.numel() else 0
+        last = int(self.response_mask.any(0).nonzero().max()) + 1 if self.response_mask.any() else 1
+        P, T = self.prompt_ids.shape[1], self.response_ids.shape[1]
+
+        def cut(name: str, value: Tensor) -> Tensor:
+            if value.ndim < 2 or name == "reward_parts":
+                return value
+            return value[:, first:P] if name.startswith("prompt_") else value[:, : min(last, T)]
+
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: cut(k, v) for k, v in named.items() if isinstance(v, Tensor)})
+
+
+@dataclass(frozen=True)
+class Experience(Rollout):
+    """Rows to train on: a rollout with advantages.
+
+    `step_tokens` and `step_rows` count the masked tokens and the non-empty rows of the whole optimiser
+    step, over its micro-batches and ranks; every loss is normalised by them (DESIGN: loss scaling), so
+    that any split of a batch gives the same gradient. `None` means: this batch is the whole step.
+    """
+
+    advantages: Tensor | None = None  # [N, T]
+    returns: Tensor | None = None  # [N, T], for the value function
+    step_tokens: Tensor | None = None  # []
+    step_rows: Tensor | None = None  # []
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Left-pad token lists. Returns ids `[N, P]` int64 and mask `[N, P]` bool."""
+    ids, mask = pad_right([row[::-1] for row in rows], value)
+    return ids.flip(1), mask.flip(1)
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Right-pad token lists. Returns ids `[N, T]` int64 and mask `[N, T]` bool."""
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    return ids, torch.arange(width) < lengths.unsqueeze(1)
+
+
+def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+    """Stack rollouts of different widths: prompts are padded on the left, responses on the right.
+
+    Fields are kept where all rollouts have them, and dropped where one does not.
+    """
+    if len(rollouts) == 1:
+        return rollouts[0]
+    return Rollout(**dict(_stacked(rollouts)))
+
+
+def _stacked(rollouts: Sequence[Rollout]) -> Iterator[tuple[str, Tensor]]:
+    for field in fields(Rollout):
+        values = [getattr(r, field.name) for r in rollouts]
+        if any(v is None for v in values):
+            continue
+        if values[0].ndim == 2 and field.name != "reward_parts":
+            width = max(v.shape[1] for v in values)
+            left = field.name.startswith("prompt_")
+            values = [_widen(v, width, left) for v in values]
+        yield field.name, torch.cat(values)
+
+
+def _widen(x: Tensor, width: int, left: bool) -> Tensor:
+    extra = width - x.shape[1]
+    return torch.nn.functional.pad(x, (extra, 0) if left else (0, extra))
