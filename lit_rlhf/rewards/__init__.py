@@ -1,1 +1,6 @@
-"""TMP."""
+"""Rewards: plain functions of completions, and what calls them."""
+
+from lit_rlhf.rewards.functions import RewardFunctions, verifier
+from lit_rlhf.rewards.verifiers import exact_match, final_number, numeric_answer
+
+__all__ = ["RewardFunctions", "exact_match", "final_number", "numeric_answer", "verifier"]
