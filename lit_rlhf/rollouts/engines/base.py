@@ -1,0 +1,42 @@
+"""What a sampler has to offer: token ids in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from lit_rlhf.types import Rollout, SamplingConfig
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples completions from the weights it was last given."""
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int | Sequence[int]
+    ) -> Rollout:
+        """Sample `sampling.group_size` completions of every prompt.
+
+        Args:
+            prompt_ids: B lists of token ids, unpadded.
+            sampling: how to sample; every argument is applied as it stands.
+            seed: one integer for the call, or B of them. A prompt's samples are a function of its own
+                seed, whatever else is in the batch; an integer gives prompt i `mix_seed(seed, i)`.
+
+        Returns:
+            B * G rows, prompt by prompt, with `group_ids` 0..B-1. The response width is the longest
+            response sampled, at most `max_new_tokens`. `behavior_logprobs` are those of the distribution
+            sampled from (after temperature, top_k and top_p; greedy: at temperature 1), zero where
+            `response_mask` is false.
+
+        Raises:
+            InputError: no prompts, an empty prompt, a prompt that does not fit the model, a token id
+                outside the vocabulary, a wrong number of seeds, or no weights yet.
+        """
+        ...
+
+    def update_weights(self, module: nn.Module, version: int) -> None:
+        """Sample from `module`'s weights from now on; rollouts carry `version` (optimiser steps taken)."""
+        ...
