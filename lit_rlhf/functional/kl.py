@@ -1,0 +1,71 @@
+"""Estimates of the KL divergence from log-probabilities of sampled tokens (Schulman, "Approximating KL Divergence").
+
+`kl_estimate` is for samples of the policy itself, against the reference; `approx_kl` for samples of the policy
+before the update. The two differ in the sign inside k3.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+LOG_RATIO_LIMIT = 20.0  # log-ratios are clamped to ±this before exp
+
+
+def kl_estimate(
+    logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T"], estimator: str = "k1"
+) -> Float[Tensor, "N T"]:
+    """Estimate KL(π‖π_ref) per token, from tokens sampled from π.
+
+        Δ = lp − lp_ref;    k1 = Δ;    k2 = ½·Δ²;    k3 = exp(−Δ) − 1 + Δ
+
+    E[k1] = E[k3] = KL. As a loss only k2 (or ρ·k3) has the gradient of KL(π‖π_ref): E[∇k1] = 0, and E[∇k3] is
+    the gradient of KL(π_ref‖π). In the reward, k1. Δ is clamped to ±20 in k3; no gradient reaches the reference.
+
+    Args:
+        logprobs: `[N, T]` of the policy.
+        ref_logprobs: `[N, T]` of the frozen reference.
+        estimator: "k1", "k2" or "k3".
+
+    >>> import torch
+    >>> lp, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.5])
+    >>> kl_estimate(lp, ref), kl_estimate(lp, ref, "k2"), kl_estimate(lp, ref, "k3")
+    (tensor([ 0.5000, -0.5000]), tensor([0.1250, 0.1250]), tensor([0.1065, 0.1487]))
+    """
+    return _estimate(logprobs - ref_logprobs.detach(), estimator)
+
+
+def approx_kl(
+    logprobs: Float[Tensor, "N T"], old_logprobs: Float[Tensor, "N T"], estimator: str = "k3"
+) -> Float[Tensor, "N T"]:
+    """Estimate KL(π_old‖π) per token, from tokens sampled from π_old: how far an update has moved the policy.
+
+        d = lp − lp_old;    k1 = −d;    k2 = ½·d²;    k3 = exp(d) − 1 − d
+
+    d is clamped to ±20 in k3.
+
+    Args:
+        logprobs: `[N, T]` of the policy now.
+        old_logprobs: `[N, T]` of the policy that the update phase began with.
+        estimator: "k1", "k2" or "k3".
+
+    >>> import torch
+    >>> approx_kl(torch.tensor([-0.9, -1.1]), torch.tensor([-1.0, -1.0])).mean()
+    tensor(0.0050)
+    """
+    return _estimate(old_logprobs.detach() - logprobs, estimator)
+
+
+def _estimate(delta: Tensor, estimator: str) -> Tensor:
+    if estimator == "k1":
+        return delta
+    if estimator == "k2":
+        return 0.5 * delta.square()
+    if estimator == "k3":
+        delta = delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return (-delta).expm1() + delta
+    raise ValueError(f"estimator must be 'k1', 'k2' or 'k3', got {estimator!r}")
