@@ -136,9 +136,9 @@ def _imported(path: str) -> RewardFunction:
         ) from error
     fn = getattr(module, name, None)
     if not callable(fn):
-        found = "no function" if fn is None else f"a {type(fn).__name__} and no function"
+        found = "" if fn is None else f", only a value of type {type(fn).__name__}"
         nearest = _nearest(name, [n for n, value in vars(module).items() if callable(value) and n[0] != "_"])
-        raise InputError(f"reward function {path!r}: module {module_name!r} has {found} {name!r}{nearest}")
+        raise InputError(f"reward function {path!r}: module {module_name!r} has no function {name!r}{found}{nearest}")
     return fn  # type: ignore[no-any-return]
 
 
