@@ -1,0 +1,27 @@
+"""torchmetrics over `functional`: float64 sums, exact however batches and ranks are split."""
+
+from lit_rlhf.metrics.advantages import GeneralizedAdvantageEstimation, GroupNormalization
+from lit_rlhf.metrics.masked_stats import MaskedStats
+from lit_rlhf.metrics.rollouts import LengthStatistics, RewardStatistics
+from lit_rlhf.metrics.stability import (
+    ApproxKL,
+    ClipFraction,
+    ExplainedVariance,
+    ImportanceRatio,
+    KLDivergence,
+    PolicyEntropy,
+)
+
+__all__ = [
+    "ApproxKL",
+    "ClipFraction",
+    "ExplainedVariance",
+    "GeneralizedAdvantageEstimation",
+    "GroupNormalization",
+    "ImportanceRatio",
+    "KLDivergence",
+    "LengthStatistics",
+    "MaskedStats",
+    "PolicyEntropy",
+    "RewardStatistics",
+]

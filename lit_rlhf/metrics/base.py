@@ -1,0 +1,109 @@
+"""What every metric here holds: count, Σx, Σx² and extremes of K quantities, in float64.
+
+Such sums are exact under any split into batches and over ranks, uneven and empty ones too, where means of means
+are not. float64, because a variance from raw float32 sums loses its digits to a large mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+
+class Moments(NamedTuple):
+    """Sufficient statistics of K quantities, float64."""
+
+    sums: Tensor  # [3, K]: count, Σx, Σx²
+    highs: Tensor  # [2, K]: max x, max −x; −inf where nothing was counted
+
+
+def _moments_update(*cells: tuple[Tensor, Tensor | None]) -> Moments:
+    """Statistics of each `(values, mask)`, of any equal shapes; without a mask every value counts."""
+    columns = [_column(values, mask) for values, mask in cells]
+    return Moments(
+        torch.stack([torch.stack(sums) for sums, _ in columns], 1),
+        torch.stack([torch.stack(highs) for _, highs in columns], 1),
+    )
+
+
+def _column(values: Tensor, mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    x = values.detach().double()
+    valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
+    if x.shape != valid.shape:
+        raise ValueError(f"mask must have the shape of the values {tuple(x.shape)}, got {tuple(valid.shape)}")
+    if not x.numel():
+        return [x.new_zeros(())] * 3, [x.new_full((), -torch.inf)] * 2
+    kept = torch.where(valid, x, 0.0)
+    highs = [torch.where(valid, signed, -torch.inf).max() for signed in (x, -x)]
+    return [valid.sum().double(), kept.sum(), kept.square().sum()], highs
+
+
+def mean(moments: Moments) -> Tensor:
+    """Σx / n, `[K]`; 0 where n = 0."""
+    count, total, _ = moments.sums
+    result: Tensor = total / count.clamp(min=1)
+    return result
+
+
+def std(moments: Moments) -> Tensor:
+    """√( (Σx² − (Σx)²/n) / (n − 1) ), `[K]`; 0 for fewer than two values, and exactly 0 where all are equal."""
+    count, total, squares = moments.sums
+    variance = (squares - total.square() / count.clamp(min=1)) / (count - 1).clamp(min=1)
+    differ = moments.highs.sum(0) != 0  # max − min
+    return torch.where(differ, variance, 0.0).clamp(min=0).sqrt()
+
+
+def maximum(moments: Moments) -> Tensor:
+    """Greatest value, `[K]`; 0 where nothing was counted."""
+    return torch.where(moments.sums[0] > 0, moments.highs[0], 0.0)
+
+
+def minimum(moments: Moments) -> Tensor:
+    """Least value, `[K]`; 0 where nothing was counted."""
+    return torch.where(moments.sums[0] > 0, -moments.highs[1], 0.0)
+
+
+class MomentsMetric(Metric):
+    """A metric whose states are the moments of K quantities; it stays in float64 whatever the module is cast to.
+
+    In a `MetricCollection` pass `compute_groups=False`: it merges metrics whose states are equal after the first
+    batch, as those of KL and clip fraction are (all 0) on the first on-policy minibatch.
+
+    Args:
+        quantities: K.
+        **kwargs: of `torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    higher_is_better: bool | None = None
+    full_state_update = False
+
+    sums: Tensor
+    highs: Tensor
+
+    def __init__(self, quantities: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sums", torch.zeros(3, quantities, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("highs", torch.full((2, quantities), -torch.inf, dtype=torch.float64), dist_reduce_fx="max")
+
+    @property
+    def moments(self) -> Moments:
+        """The statistics so far: of this rank, or of all while synchronised."""
+        return Moments(self.sums, self.highs)
+
+    def _add(self, moments: Moments) -> None:
+        self.sums = self.sums + moments.sums.to(self.sums.device)
+        self.highs = torch.maximum(self.highs, moments.highs.to(self.highs.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] | str = "") -> nn.Module:
+        """Move with the module, but keep the precision: `.half()` and `.to(torch.bfloat16)` would ruin the sums."""
+
+        def move_only(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        return super()._apply(move_only, exclude_state)

@@ -1,0 +1,60 @@
+"""One metric for everything that a training module logs: two states to synchronise, however many names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.metrics.base import MomentsMetric, _moments_update, maximum, mean, minimum, std
+
+_STATISTICS = {"value": mean, "mean": mean, "std": std, "max": maximum, "min": minimum}
+
+
+class MaskedStats(MomentsMetric):
+    """Masked mean, standard deviation and extremes of many named quantities, exact over batches and ranks.
+
+    `update` never waits for the device. Sums are float64; the standard deviation is unbiased.
+
+    Args:
+        names: the quantities. A list logs the mean of each under its own name; a mapping says what to log of each:
+            "value" is the mean under the bare name, "mean", "std", "max" and "min" go under `name_mean` and so on.
+        **kwargs: of `torchmetrics.Metric`.
+
+    >>> stats = MaskedStats({"ratio": ("mean", "max"), "entropy": ("value",)})
+    >>> mask = torch.tensor([[True, True], [True, False]])
+    >>> stats.update({"ratio": (torch.tensor([[1.0, 3.0], [2.0, float("nan")]]), mask), "entropy": (0.5, None)})
+    >>> {name: value.item() for name, value in stats.compute().items()}
+    {'ratio_mean': 2.0, 'ratio_max': 3.0, 'entropy': 0.5}
+    """
+
+    def __init__(self, names: Iterable[str] | Mapping[str, Iterable[str]], **kwargs: Any) -> None:
+        wanted = names if isinstance(names, Mapping) else dict.fromkeys(names, ("value",))
+        self.wanted = {name: tuple(statistics) for name, statistics in wanted.items()}
+        unknown = {s for statistics in self.wanted.values() for s in statistics} - _STATISTICS.keys()
+        if unknown:
+            raise ValueError(f"statistics must be among {', '.join(_STATISTICS)}, got {', '.join(sorted(unknown))}")
+        super().__init__(len(self.wanted), **kwargs)
+
+    def update(self, values: Mapping[str, tuple[Tensor | float, Tensor | None]]) -> None:
+        """Count `{name: (values, mask)}` for any of the names.
+
+        Values are `[N, T]`, `[N]` or a scalar, the mask has their shape; `None` counts all.
+        """
+        if unknown := values.keys() - self.wanted.keys():
+            raise ValueError(f"unknown name {', '.join(sorted(unknown))}: this metric knows {', '.join(self.wanted)}")
+        nothing: tuple[Tensor, None] = (torch.empty(0, device=self.device), None)
+        given = [values.get(name, nothing) for name in self.wanted]
+        self._add(_moments_update(*((torch.as_tensor(x, device=self.device), mask) for x, mask in given)))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Every wanted statistic by its logged name; 0 for a name that nothing was counted of."""
+        moments = self.moments
+        by_statistic = {statistic: of(moments) for statistic, of in _STATISTICS.items()}
+        return {
+            name if statistic == "value" else f"{name}_{statistic}": by_statistic[statistic][k]
+            for k, (name, statistics) in enumerate(self.wanted.items())
+            for statistic in statistics
+        }
