@@ -91,6 +91,10 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return itself: there are no tensors. Lightning moves every batch."""
+        return self
+
 
 @dataclass(frozen=True)
 class CompletionBatch(Rows):
@@ -115,7 +119,7 @@ class Rollout(Rows):
     behavior_logprobs: Tensor  # [N, T] float32, of the distribution sampled from
     truncated: Tensor  # [N] bool, ended by max_new_tokens and not by EOS or a stop token
     group_ids: Tensor  # [N] int64, rows of one prompt share one id
-    version: Tensor  # [N] int64, optimiser steps the sampling weights had taken
+    version: Tensor  # [N] int64, rollouts the sampling weights had been trained on
     raw_rewards: Tensor | None = None  # [N] weighted sum of the reward functions; NaN: none applies
     reward_parts: Tensor | None = None  # [N, F] each reward function on its own; NaN: not applicable
     rewards: Tensor | None = None  # [N] or [N, T], after shaping

@@ -1,1 +1,1 @@
-"""TMP."""
+"""The algorithms: one file each, on one of three families (on-policy, preference, supervised)."""

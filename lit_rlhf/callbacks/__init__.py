@@ -1,1 +1,1 @@
-"""TMP."""
+"""Callbacks: progress bar, export to Hugging Face format."""

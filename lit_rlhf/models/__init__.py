@@ -1,1 +1,1 @@
-"""TMP."""
+"""Models: loading, the policy/reference/value wrapper and the one scoring path."""

@@ -105,6 +105,16 @@ class RewardFunctions:
         return None
 
 
+def reward_functions(
+    funcs: RewardFunctions | Sequence[RewardFunction | str] | RewardFunction | str | None,
+    weights: Sequence[float] | None = None,
+) -> RewardFunctions | None:
+    """Whatever describes rewards, as `RewardFunctions`; `None` where nothing is given."""
+    if funcs is None or isinstance(funcs, RewardFunctions):
+        return funcs
+    return RewardFunctions(funcs, weights)
+
+
 def _resolve(fn: RewardFunction | str) -> RewardFunction:
     if isinstance(fn, str):
         return _imported(fn)

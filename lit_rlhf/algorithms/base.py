@@ -1,0 +1,338 @@
+"""What every algorithm shares: models, optimiser, loss scaling, metrics, validation, checkpointing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypedDict
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lit_rlhf.data.rows import encode_prompt
+from lit_rlhf.errors import InputError
+from lit_rlhf.functional import aggregate, aggregation_unit
+from lit_rlhf.metrics import MaskedStats
+from lit_rlhf.models.wrapper import PolicyReferenceValue, tokenizer_for
+from lit_rlhf.rewards import RewardFunctions, reward_functions
+from lit_rlhf.rollouts.engines import RolloutEngine, TransformersEngine
+from lit_rlhf.rollouts.loader import PromptLoader, Row, step_counts
+from lit_rlhf.rollouts.random import mix_seed
+from lit_rlhf.rollouts.state import LoopState
+from lit_rlhf.types import CompletionBatch, PromptBatch, Rollout, SamplingConfig
+
+LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+RewardFunction = Callable[..., Any]
+_VALIDATION = 1  # keeps the random numbers of validation apart from those of training
+
+
+class ModuleArgs(TypedDict, total=False):
+    """The keyword arguments of `RLHFModule`, which every algorithm passes on."""
+
+    policy: nn.Module | str | Path
+    tokenizer: Any
+    reward_funcs: RewardFunctions | Sequence[RewardFunction | str] | None
+    reward_weights: Sequence[float] | None
+    sampling: SamplingConfig | None
+    engine: RolloutEngine | None
+    lr: float
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: int
+    weight_decay: float
+    betas: tuple[float, float]
+    validation_samples: int
+    seed: int
+
+
+class RLHFModule(LightningModule):
+    """Base of the algorithms.
+
+    Args:
+        policy: a Hugging Face causal language model, or the name or path of one; `"tiny"` ships with the package.
+        tokenizer: its tokenizer, or the name or path of one; by default the policy's own.
+        reward_funcs: functions in TRL's signature, or their import paths. Without any, the data module's own.
+        reward_weights: one weight per function; 1 each by default.
+        sampling: how completions are sampled, in training and in validation.
+        engine: what samples; by default the policy itself, in process.
+        lr: AdamW's learning rate.
+        lr_schedule: after the warm-up, constant, or linear or cosine to 0 at the end of the run.
+        warmup_steps: optimiser steps over which the rate rises from 0.
+        weight_decay: AdamW's weight decay.
+        betas: AdamW's betas.
+        validation_samples: completions sampled per held-out prompt in validation.
+        seed: decides the order of the data and every sampled token.
+    """
+
+    stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # logged name -> which of value, mean, std, min, max
+    progress_keys: ClassVar[tuple[str, ...]] = ("loss/loss",)  # shown in the progress bar
+
+    def __init__(
+        self,
+        *,
+        policy: nn.Module | str | Path = "tiny",
+        tokenizer: Any = None,
+        reward_funcs: RewardFunctions | Sequence[RewardFunction | str] | None = None,
+        reward_weights: Sequence[float] | None = None,
+        sampling: SamplingConfig | None = None,
+        engine: RolloutEngine | None = None,
+        lr: float = 1e-6,
+        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        validation_samples: int = 1,
+        seed: int = 0,
+        reference: bool = False,
+    ) -> None:
+        super().__init__()
+        if not lr > 0:
+            raise InputError(f"algo.lr must be above 0, got {lr}")
+        if lr_schedule not in _DECAY:
+            raise InputError(f"algo.lr_schedule must be one of {', '.join(_DECAY)}, got {lr_schedule!r}")
+        self.tokenizer = tokenizer_for(policy, tokenizer)
+        self.models = PolicyReferenceValue(policy, reference=reference)
+        self.lr, self.lr_schedule, self.warmup_steps = lr, lr_schedule, warmup_steps
+        self.weight_decay, self.betas = weight_decay, tuple(betas)
+        self.validation_samples, self.seed = validation_samples, seed
+        self.sampling = sampling or SamplingConfig()
+        self.rewards = reward_functions(reward_funcs, reward_weights)
+        self.engine = engine or self._own_engine()
+        self.loop = LoopState()
+        self.stats = MaskedStats(self.stats_spec)
+        self.validation_stats = MaskedStats({f"val/{n}": ("value",) for n in _VALIDATION_NAMES})
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def _own_engine(self) -> RolloutEngine:
+        config = getattr(self.models.policy, "generation_config", None)
+        ends = {self.tokenizer.eos_token_id, *_as_list(getattr(config, "eos_token_id", None))}
+        stop = [_single_token(self.tokenizer, text) for text in self.sampling.stop]
+        return TransformersEngine(sorted(ends), self.tokenizer.pad_token_id, stop)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        return encode_prompt(self.tokenizer, text)
+
+    @torch.no_grad()
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig | None = None, stage: int = 0) -> Rollout:
+        """Sample completions with the current weights and score them with the reward functions.
+
+        Args:
+            prompts: B prompts; their stream positions become the group ids and seed their random numbers.
+            sampling: by default the module's own; N = B * `sampling.group_size` rows come back.
+            stage: keeps apart the random numbers of training (0) and validation (1).
+        """
+        sampling = sampling or self.sampling
+        self.engine.update_weights(self.models.policy, self.loop.iteration)
+        seeds = [mix_seed(self.seed, stage, position) for position in prompts.index]
+        rollout = self.engine.generate(prompts.prompt_ids, sampling, seeds)
+        group_ids = torch.tensor(prompts.index, device=rollout.group_ids.device).repeat_interleave(sampling.group_size)
+        rollout = replace(rollout, group_ids=group_ids)
+        total, parts = self._score_rewards(prompts, rollout, sampling.group_size)
+        return replace(rollout, raw_rewards=total, reward_parts=parts, rewards=total)
+
+    def _score_rewards(self, prompts: PromptBatch, rollout: Rollout, group_size: int) -> tuple[Tensor, Tensor]:
+        if self.rewards is None:
+            raise InputError("no reward function: give reward_funcs=[...] (on the command line reward.funcs=[...])")
+        kept = rollout.response_mask.cpu()
+        ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids.cpu(), kept, strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        columns = {k: [v for v in values for _ in range(group_size)] for k, values in prompts.columns.items()}
+        prompt_texts = columns.pop("prompt")
+        total, parts = self.rewards(prompt_texts, texts, ids, columns)
+        return total.to(rollout.response_ids.device), parts.to(rollout.response_ids.device)
+
+    # -- loss scaling (one batch = any micro-batch split = any number of ranks) --------------------------------------
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks; 1 outside a trainer."""
+        return self._trainer.world_size if self._trainer is not None else 1
+
+    @property
+    def rank(self) -> int:
+        """This process's rank; 0 outside a trainer."""
+        return self._trainer.global_rank if self._trainer is not None else 0
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per optimiser step; 1 outside a trainer."""
+        return self._trainer.accumulate_grad_batches if self._trainer is not None else 1
+
+    @property
+    def loss_scale(self) -> int:
+        """What Lightning (dividing by the micro-batches) and DDP (averaging over ranks) take away again."""
+        return self.accumulate * self.world_size
+
+    def aggregate(
+        self, per_token: Tensor, batch: Rollout | CompletionBatch, mode: LossAggregation = "token-mean"
+    ) -> Tensor:
+        """This micro-batch's share of the optimiser step's loss: its sum over the whole step's count.
+
+        Shares add up, over micro-batches and ranks, to `functional.aggregate` of all rows at once.
+
+        Args:
+            per_token: `[N, T]`; masked cells may hold anything.
+            batch: carries `step_tokens` and `step_rows`. Where they are missing the batch counts as one
+                `accumulate`-th of the step.
+            mode: see `functional.aggregate`.
+        """
+        tokens, rows = batch.step_tokens, batch.step_rows  # type: ignore[union-attr]
+        if tokens is None or rows is None:
+            tokens, rows = (n * self.accumulate for n in step_counts([batch.response_mask], self.device))
+        unit = tokens if aggregation_unit(mode) == "tokens" else rows
+        return aggregate(
+            per_token, batch.response_mask, mode, max_length=self.sampling.max_new_tokens, denominator=unit
+        )
+
+    def total_loss(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Sum the named terms, record them, and scale the sum for Lightning and DDP."""
+        loss = torch.stack(list(terms.values())).sum()
+        named = {"loss": loss, **terms}
+        self.stats.update({f"loss/{k}": (v.detach() * self.loss_scale, None) for k, v in named.items()})
+        return loss * self.loss_scale
+
+    # -- optimisation ----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the trainable parameters, with warm-up and decay per optimiser step."""
+        parameters = [p for p in self.models.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        """The rate of optimiser step `step` (from 0), relative to `lr`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        total = self.total_steps
+        if total is None or total <= self.warmup_steps:
+            return 1.0
+        return _DECAY[self.lr_schedule](min(1.0, (step - self.warmup_steps) / (total - self.warmup_steps)))
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimiser steps of the whole run, from the trainer's `max_epochs` or `max_steps`; None when endless."""
+        trainer = self._trainer
+        if trainer is None or (trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0)):
+            return None
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        steps = math.ceil(self.micro_batches_per_epoch / self.accumulate)
+        return steps * trainer.max_epochs if trainer.max_epochs is not None else None
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        """Length of the training loader."""
+        return len(self.trainer.train_dataloader) if self.trainer.train_dataloader is not None else 0
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Record the gradient's norm, before clipping."""
+        gradients = [p.grad for p in self.models.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.stats.update({"stability/grad_norm": (norm.detach(), None)})
+
+    # -- metrics and validation --------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self) -> None:
+        """Log everything once per rollout (or pass): `self.log` in `training_step` costs 0.2 ms a key."""
+        self.publish(self.stats, {"rollout/iteration": float(self.loop.iteration)})
+
+    def publish(self, stats: MaskedStats, extra: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Reduce `stats` over the ranks, hand the values to every logger and the progress bar, and start anew."""
+        values = {name: float(value) for name, value in stats.compute().items()} | dict(extra or {})
+        stats.reset()
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.global_step)
+        shown = {name: values[name] for name in self.progress_keys if name in values}
+        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+        return values
+
+    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """Greedy and sampled completions of held-out prompts: reward, accuracy, length."""
+        samples = {"greedy": replace(self.sampling, temperature=0.0, group_size=1)}
+        samples["sampled"] = replace(self.sampling, group_size=self.validation_samples)
+        for kind, sampling in samples.items():
+            rollout = self.sample(prompts, sampling, stage=_VALIDATION)
+            found = {"reward": rollout.raw_rewards, "response_length": rollout.lengths}
+            if self.rewards is not None and self.rewards.accuracy(rollout.reward_parts) is not None:
+                found["accuracy"] = self.rewards.accuracy(rollout.reward_parts)
+            self.validation_stats.update({f"val/{k}_{kind}": (v, None) for k, v in found.items()})
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics; `val/accuracy_sampled` and its kin can be monitored by callbacks."""
+        values = {name: float(value) for name, value in self.validation_stats.compute().items()}
+        self.validation_stats.reset()
+        self.log_dict(values, prog_bar=False, logger=True, batch_size=1)
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the data module's reward functions where none were given."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.rewards is None and data is not None and data.reward_funcs:
+            self.rewards = RewardFunctions(data.reward_funcs)
+
+    def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> Any:
+        """What Lightning iterates over in training; `rows_of(i)` is the dataset of pass i."""
+        raise NotImplementedError
+
+    def validation_loader(self, rows: Sequence[Row], batch_size: int) -> PromptLoader:
+        """Held-out prompts, sharded over the ranks."""
+        return PromptLoader(rows, self.encode_prompt, batch_size, self.rank, self.world_size)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save every rank's loop state; called on all ranks."""
+        states: list[Any] = [self.loop.to_plain()]
+        if dist.is_available() and dist.is_initialized():
+            states = [None] * self.world_size
+            dist.all_gather_object(states, self.loop.to_plain())
+        checkpoint["lit_rlhf"] = {"algorithm": type(self).__name__, "loop": states}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore this rank's loop state.
+
+        Raises:
+            InputError: the checkpoint is not ours, is another algorithm's or another world size's.
+        """
+        saved = checkpoint.get("lit_rlhf")
+        if saved is None:
+            raise InputError("ckpt_path: not a checkpoint of lit_rlhf; give one of the run folder's checkpoints/")
+        if saved["algorithm"] != type(self).__name__:
+            raise InputError(
+                f"ckpt_path: a checkpoint of {saved['algorithm']} cannot continue as {type(self).__name__}; "
+                f"choose the same algorithm, or load its exported model/ with model.path"
+            )
+        if len(saved["loop"]) != self.world_size:
+            raise InputError(
+                f"ckpt_path: saved by {len(saved['loop'])} processes, now there are {self.world_size}; "
+                f"resume with the same number of devices"
+            )
+        self.loop = LoopState.from_plain(saved["loop"][self.rank])
+
+
+_VALIDATION_NAMES = [f"{what}_{how}" for what in ("reward", "accuracy", "response_length") for how in ("greedy", "sampled")]
+_DECAY: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+def _as_list(value: int | Sequence[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _single_token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise InputError(f"rollout.stop: {text!r} is {len(ids)} tokens of this tokenizer; give a single token")
+    return int(ids[0])

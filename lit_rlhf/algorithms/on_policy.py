@@ -1,0 +1,305 @@
+"""The on-policy family: sample, score, estimate advantages, update; the template and its three hooks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from lit_rlhf.algorithms.base import LossAggregation, ModuleArgs, RLHFModule, Row
+from lit_rlhf.errors import InputError
+from lit_rlhf.functional import approx_kl, kl_estimate
+from lit_rlhf.models.scoring import Scores
+from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss
+from lit_rlhf.rollouts.dynamic_sampling import informative
+from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, permutation
+from lit_rlhf.types import Experience, PromptBatch, Rollout
+
+GROUP_ESTIMATORS = ("group_normalize", "rloo")  # meaningless with one sample per prompt
+
+
+class OnPolicyArgs(ModuleArgs, total=False):
+    """The keyword arguments of `OnPolicyModule`, which every on-policy algorithm passes on."""
+
+    group_size: int
+    prompts_per_rollout: int
+    minibatches: int
+    update_epochs: int
+    advantage_estimator: str | Callable[..., Any] | None
+    policy_loss: str | Callable[..., Any] | None
+    loss_agg: LossAggregation
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+    mask_truncated: bool
+
+
+class OnPolicyModule(RLHFModule):
+    """Template of the on-policy algorithms. One fit epoch is one rollout.
+
+    A subclass names its `advantage_estimator` and `policy_loss` and overrides the hooks it changes:
+    `shape_rewards`, `compute_advantages`, `compute_loss`.
+
+    Args:
+        group_size: G, completions sampled per prompt.
+        prompts_per_rollout: prompts of one rollout, over all ranks.
+        minibatches: optimiser steps per pass over a rollout.
+        update_epochs: passes over a rollout.
+        advantage_estimator: a registered name or a function `(rewards, mask, **named) -> (advantages, returns)`.
+        policy_loss: a registered name or a function `(old_logp, logp, advantages, mask, **named) -> (loss, metrics)`.
+        loss_agg: how per-token losses are averaged, see `functional.aggregate`.
+        kl_coef: weight of the KL to the reference in the loss. With 0 no reference model is held.
+        kl_estimator: `"k1"`, `"k2"` or `"k3"`, see `functional.kl_estimate`.
+        entropy_coef: weight of the entropy bonus.
+        mask_truncated: leave completions that were cut off at `max_new_tokens` out of the loss; their rewards
+            still count in the group.
+        **module: the arguments of `RLHFModule`.
+    """
+
+    advantage_estimator: Any = "group_normalize"
+    policy_loss: Any = "clip"
+    hyper_parameters: ClassVar[tuple[str, ...]] = ()  # the subclass's own, offered by name to estimator and loss
+    progress_keys = ("reward/reward_mean", "reward/accuracy", "stability/entropy")
+    stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **{f"loss/{n}": ("value",) for n in ("loss", "policy_loss", "kl_loss", "entropy_loss")},
+        **{
+            f"stability/{n}": ("value",)
+            for n in ("entropy", "approx_kl", "approx_kl_k1", "kl_divergence", "grad_norm", "ratio_out_of_range")
+        },
+        **{f"stability/{n}": ("value",) for n in ("clip_fraction", "clip_fraction_low", "clip_fraction_high")},
+        "stability/ratio": ("mean", "max", "min"),
+        "stability/advantage": ("mean", "std"),
+        "reward/reward": ("mean", "std"),
+        "reward/shaped_reward": ("mean",),
+        "reward/accuracy": ("value",),
+        "reward/zero_std_fraction": ("value",),
+        "rollout/response_length": ("value", "max"),
+        "rollout/truncated_fraction": ("value",),
+        "rollout/staleness": ("value", "max"),
+    }
+
+    def __init__(
+        self,
+        *,
+        group_size: int = 8,
+        prompts_per_rollout: int = 32,
+        minibatches: int = 1,
+        update_epochs: int = 1,
+        advantage_estimator: str | Callable[..., Any] | None = None,
+        policy_loss: str | Callable[..., Any] | None = None,
+        loss_agg: LossAggregation = "token-mean",
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k3",
+        entropy_coef: float = 0.0,
+        mask_truncated: bool = False,
+        **module: Unpack[ModuleArgs],
+    ) -> None:
+        super().__init__(**module, reference=kl_coef != 0)
+        self.advantage_estimator = advantage_estimator or type(self).advantage_estimator
+        self.policy_loss = policy_loss or type(self).policy_loss
+        self._estimate, self._policy_loss = get_adv_estimator(self.advantage_estimator), get_policy_loss(self.policy_loss)
+        self.group_size, self.prompts_per_rollout = group_size, prompts_per_rollout
+        self.minibatches, self.update_epochs = minibatches, update_epochs
+        self.loss_agg, self.kl_coef, self.kl_estimator = loss_agg, kl_coef, kl_estimator
+        self.entropy_coef, self.mask_truncated = entropy_coef, mask_truncated
+        self.sampling = replace(self.sampling, group_size=group_size)
+        self._check_arguments()
+        self.prompts: PromptStream | None = None
+        self.clock = {"rollout": 0.0, "update": 0.0, "tokens": 0.0}
+
+    def _check_arguments(self) -> None:
+        for name in ("group_size", "prompts_per_rollout", "minibatches", "update_epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"algo.{name} must be at least 1, got {getattr(self, name)}")
+        if self.group_size == 1 and self.advantage_estimator in GROUP_ESTIMATORS:
+            raise InputError(
+                f"algo.group_size=1: {type(self).__name__} compares the samples of one prompt with each other "
+                f"and needs at least 2; 8 is a good start"
+            )
+        if self.sampling.temperature == 0:
+            raise InputError("rollout.temperature=0 samples greedily and nothing can be learnt from it; use 1.0")
+
+    # -- the rollout: collect and its hooks -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self, prompts: PromptBatch) -> Experience:
+        """Sample the prompts, score, shape and weigh the completions: all that the updates need.
+
+        Args:
+            prompts: B prompts of this rank.
+
+        Returns:
+            N = B * group_size rows with `old_logprobs`, `ref_logprobs` (if there is a reference), `rewards`
+            and `advantages`. Called by the loader, without gradients.
+        """
+        started = time.perf_counter()
+        rollout = self.score_rollout(self.gather(prompts))
+        rollout = replace(rollout, rewards=self.shape_rewards(rollout))
+        advantages, returns = self.compute_advantages(rollout)
+        mask = rollout.response_mask & ~(rollout.truncated.unsqueeze(1) & self.mask_truncated)
+        kept = {f.name: getattr(rollout, f.name) for f in fields(Rollout)} | {"response_mask": mask}
+        self._record_rollout(rollout)
+        self.clock["rollout"] += time.perf_counter() - started
+        self.clock["tokens"] += float(rollout.lengths.sum())
+        return Experience(**kept, advantages=advantages, returns=returns)
+
+    def gather(self, prompts: PromptBatch) -> Rollout:
+        """The samples of one rollout: those of `prompts`. Dynamic sampling replaces some of them."""
+        return self.sample(prompts)
+
+    def score_rollout(self, rollout: Rollout) -> Rollout:
+        """Add the log-probs at the start of the update phase, and the reference's.
+
+        The sampler's own log-probs are those of the policy: the weights are the same, the distribution is
+        not cut off by top-p or top-k, and both divide by the same temperature in float32. Otherwise the policy
+        scores the rows again. Rows carried over from the rollout before keep the log-probs they were sampled
+        with, so that the ratio corrects for their age.
+        """
+        temperature, old, ref = self.sampling.temperature, rollout.behavior_logprobs, None
+        if self.sampling.truncates_distribution:
+            old = self.models.score(rollout, temperature=temperature).logprobs
+        if self.models.reference is not None:
+            ref = self.models.score_reference(rollout, temperature=temperature).logprobs
+        return replace(rollout, old_logprobs=old, ref_logprobs=ref)
+
+    def shape_rewards(self, rollout: Rollout) -> Tensor:
+        """Hook 1: rewards `[N]` or `[N, T]` from the raw `rollout.rewards` `[N]`."""
+        assert rollout.rewards is not None
+        return rollout.rewards
+
+    def compute_advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+        """Hook 2: advantages `[N, T]` and returns `[N, T]` or None. Calls `advantage_estimator`."""
+        named = {n: getattr(rollout, n) for n in ("values", "old_logprobs", "ref_logprobs", "group_ids")}
+        advantages, returns = call_with_named(
+            self._estimate, rollout.rewards, rollout.response_mask, **named, bootstrap=None, **self._named()
+        )
+        return advantages, returns
+
+    def _named(self) -> dict[str, Any]:
+        """The module's own hyper-parameters, offered by name to the estimator and the loss."""
+        return {name: getattr(self, name) for name in self.hyper_parameters}
+
+    # -- the update ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Experience, batch_idx: int = 0) -> Tensor:
+        """One micro-batch's loss, a plain function of the experience; scaled so that any split is exact."""
+        started = time.perf_counter()
+        scores = self.models.score(batch, temperature=self.sampling.temperature, entropy=True)
+        loss = self.total_loss(self.compute_loss(scores, batch))
+        self._record_update(scores, batch)
+        self.clock["update"] -= started
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the update's time, backward and optimiser included."""
+        self.clock["update"] += time.perf_counter()
+
+    def compute_loss(self, scores: Scores, batch: Experience) -> dict[str, Tensor]:
+        """Hook 3: the named terms of the loss, scalars. Calls `policy_loss`, adds KL and entropy terms."""
+        per_token, metrics = call_with_named(
+            self._policy_loss, batch.old_logprobs, scores.logprobs, batch.advantages, batch.response_mask, **self._named()
+        )
+        if per_token.ndim == 0:
+            terms = {"policy_loss": per_token / self.loss_scale}
+        else:
+            terms = {"policy_loss": self.aggregate(per_token, batch, self.loss_agg)}
+        if self.kl_coef:
+            kl = kl_estimate(scores.logprobs, batch.ref_logprobs, self.kl_estimator)
+            terms["kl_loss"] = self.kl_coef * self.aggregate(kl, batch, self.loss_agg)
+        if self.entropy_coef:
+            terms["entropy_loss"] = -self.entropy_coef * self.aggregate(scores.entropy, batch)
+        self.stats.update(
+            {f"stability/{k}": (v, batch.response_mask) for k, v in metrics.items() if f"stability/{k}" in self.stats_spec}
+        )
+        return terms
+
+    # -- metrics ---------------------------------------------------------------------------------------------------
+
+    def _record_update(self, scores: Scores, batch: Experience) -> None:
+        mask, new, old = batch.response_mask, scores.logprobs.detach(), batch.old_logprobs
+        found = {
+            "entropy": scores.entropy.detach(),
+            "approx_kl": approx_kl(new, old, "k3"),
+            "approx_kl_k1": approx_kl(new, old, "k1"),
+            "ratio": (new - old).clamp(-20, 20).exp(),
+            "advantage": batch.advantages,
+        }
+        if batch.ref_logprobs is not None:
+            found["kl_divergence"] = kl_estimate(new, batch.ref_logprobs, "k3")
+        self.stats.update({f"stability/{name}": (value, mask) for name, value in found.items()})
+
+    def _record_rollout(self, rollout: Rollout) -> None:
+        found = {
+            "reward/reward": rollout.raw_rewards,
+            "reward/shaped_reward": rollout.rewards,
+            "reward/zero_std_fraction": (~informative(rollout)).float(),
+            "rollout/response_length": rollout.lengths.float(),
+            "rollout/truncated_fraction": rollout.truncated.float(),
+            "rollout/staleness": (self.loop.iteration - rollout.version).float(),
+        }
+        correct = self.rewards.accuracy(rollout.reward_parts) if self.rewards is not None else None
+        if correct is not None:
+            found["reward/accuracy"] = correct
+        self.stats.update({name: (value, ~value.isnan()) for name, value in found.items()})
+
+    def on_train_epoch_end(self) -> None:
+        """Log the rollout's metrics, with the time it took."""
+        seconds = self.clock["rollout"] + self.clock["update"]
+        self.publish(
+            self.stats,
+            {
+                "rollout/iteration": float(self.loop.iteration),
+                "perf/rollout_seconds": self.clock["rollout"],
+                "perf/update_seconds": self.clock["update"],
+                "perf/tokens_per_second": self.clock["tokens"] / max(seconds, 1e-9),
+            },
+        )
+        self.clock = dict.fromkeys(self.clock, 0.0)
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    @property
+    def prompts_per_rank(self) -> int:
+        """Prompts that this rank samples for one rollout."""
+        return self.prompts_per_rollout // self.world_size
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        """Length of the training loader: passes x optimiser steps x micro-batches."""
+        return self.update_epochs * self.minibatches * self.accumulate
+
+    def draw_prompts(self, count: int) -> PromptBatch:
+        """Take the next `count` prompts per rank from the stream."""
+        assert self.prompts is not None
+        start = self.loop.prompts_seen
+        self.loop.prompts_seen += count * self.world_size
+        return self.prompts.take(start + self.rank * count, count)
+
+    def minibatch_plan(self) -> list[Tensor]:
+        """The rows of every micro-batch of this rollout; each pass has an order of its own."""
+        rows = self.prompts_per_rank * self.group_size
+        passes = [permutation(rows, self.seed, self.loop.iteration, epoch) for epoch in range(self.update_epochs)]
+        return [chunk for order in passes for chunk in order.chunk(self.minibatches * self.accumulate)]
+
+    def training_loader(self, rows_of: Callable[[int], list[Row]]) -> RolloutLoader:
+        """The lazy view of the rollouts. The prompts are those of pass 0 over the data, shuffled for ever."""
+        if self.prompts_per_rollout % self.world_size:
+            raise InputError(
+                f"algo.prompts_per_rollout={self.prompts_per_rollout} does not divide over {self.world_size} "
+                f"devices; make it a multiple of {self.world_size}"
+            )
+        rows, parts = self.prompts_per_rank * self.group_size, self.minibatches * self.accumulate
+        if rows % parts:
+            raise InputError(
+                f"{rows} samples per device (algo.prompts_per_rollout={self.prompts_per_rollout} x algo.group_size="
+                f"{self.group_size} / {self.world_size} devices) do not divide into algo.minibatches="
+                f"{self.minibatches} x trainer.accumulate_grad_batches={self.accumulate} parts; change one of them"
+            )
+        self.prompts = PromptStream(rows_of(0), self.encode_prompt, self.seed)
+        return RolloutLoader(self)
+

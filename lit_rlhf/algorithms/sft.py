@@ -1,0 +1,63 @@
+"""SFT: supervised fine-tuning, the cross-entropy of completions.
+
+    L = -1/M sum_i sum_t log pi_theta(y_it | x_i, y_i<t)          M: completion tokens of the step, EOS included
+
+Prompt and padding carry no loss. M counts over all micro-batches and ranks of the optimiser step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
+from lit_rlhf.data.collate import collate_completions
+from lit_rlhf.errors import InputError
+from lit_rlhf.rollouts.loader import PassLoader, Row
+from lit_rlhf.types import CompletionBatch
+
+
+class SFT(RLHFModule):
+    """Maximise the likelihood of the demonstrations' completions.
+
+    Args:
+        batch_size: demonstrations per optimiser step, over its micro-batches and ranks.
+        lr: the field's usual 2e-5; small models want more.
+        **module: the arguments of `RLHFModule`.
+    """
+
+    stats_spec = {
+        "loss/loss": ("value",),
+        "loss/sft_loss": ("value",),
+        "stability/token_accuracy": ("value",),
+        "stability/grad_norm": ("value",),
+        "rollout/response_length": ("value", "max"),
+    }
+
+    def __init__(self, *, batch_size: int = 32, lr: float = 2e-5, **module: Unpack[ModuleArgs]) -> None:
+        super().__init__(lr=lr, **module)
+        if batch_size < 1:
+            raise InputError(f"algo.batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+
+    def training_step(self, batch: CompletionBatch, batch_idx: int = 0) -> Tensor:
+        """One micro-batch's share of the step's mean negative log-likelihood."""
+        logprobs = self.models.score(batch).logprobs
+        self.stats.update({"rollout/response_length": (batch.response_mask.sum(1).float(), None)})
+        return self.total_loss({"sft_loss": self.aggregate(-logprobs, batch)})
+
+    def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> PassLoader:
+        """Micro-batches of demonstrations: rows with `prompt` and `completion`."""
+        share = self.batch_size // (self.world_size * self.accumulate)
+        if share * self.world_size * self.accumulate != self.batch_size:
+            raise InputError(
+                f"algo.batch_size={self.batch_size} does not divide over {self.world_size} devices x "
+                f"trainer.accumulate_grad_batches={self.accumulate}; change one of them"
+            )
+        count = len(rows_of(0))
+        if count < self.batch_size:
+            raise InputError(f"{count} demonstrations do not fill one batch of algo.batch_size={self.batch_size}")
+        collate = lambda rows: collate_completions(self.tokenizer, rows)  # noqa: E731
+        return PassLoader(self, rows_of, collate, self.batch_size)

@@ -1,0 +1,69 @@
+"""One line that counts rollouts (or passes) and shows reward and accuracy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+
+class RolloutProgressBar(ProgressBar):
+    """A bar over the epochs of the fit, one per rollout, with the module's `progress_keys`.
+
+    On a terminal it is one line that moves; in a log file a line is written every tenth of the run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: Any = None
+
+    def disable(self) -> None:
+        """Be quiet; Lightning calls it on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Be heard again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar where the run stands."""
+        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=trainer.current_epoch,
+            desc=type(pl_module).__name__,
+            unit="rollout" if hasattr(pl_module, "collect") else "pass",
+            disable=not self._enabled,
+            file=sys.stderr,
+            dynamic_ncols=terminal,
+            mininterval=0.1 if terminal else 1e9,
+            miniters=None if terminal else max(1, (total or 100) // 10),
+        )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One rollout done."""
+        shown = {k.split("/")[-1]: f"{float(v):.3f}" for k, v in trainer.progress_bar_metrics.items()}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(1)
+        every = max(1, (self._bar.total or 100) // 10)
+        if not sys.stderr.isatty() and self._enabled and self._bar.n % every == 0:
+            self._bar.refresh()
+            sys.stderr.write("\n")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that the error's sentence stands on a line of its own."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,39 @@
+"""Loggers as a run wants them."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import WandbLogger
+
+
+def wandb_logger(save_dir: str | Path, project: str = "lit_rlhf", **kwargs: Any) -> WandbLogger:
+    """A W&B logger that needs no account: online where the user is logged in, offline otherwise.
+
+    `WANDB_MODE` decides where it is set. The offline run lies in `save_dir`; `wandb sync` uploads it.
+
+    Args:
+        save_dir: folder of the run.
+        project: W&B project.
+        **kwargs: passed to `lightning.pytorch.loggers.WandbLogger`.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if "WANDB_MODE" not in os.environ and not _logged_in():
+        os.environ["WANDB_MODE"] = "offline"  # before wandb is first imported, which reads it
+    Path(save_dir).mkdir(parents=True, exist_ok=True)
+    return WandbLogger(project=project, save_dir=save_dir, **kwargs)
+
+
+def _logged_in() -> bool:
+    """Whether there is a key, where `wandb login` and the environment leave it; asks nobody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC") or None).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

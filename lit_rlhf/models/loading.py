@@ -1,0 +1,128 @@
+"""Load causal language models and their tokenizers, and build the tiny one that ships with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lit_rlhf.errors import InputError
+
+TINY = "tiny"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+def resolve(path: str | Path) -> str:
+    """Turn `"tiny"` into the folder of the shipped base model; anything else is returned as it is."""
+    return str(ASSETS / "tiny_base") if str(path) == TINY else str(path)
+
+
+def load_causal_lm(
+    path: str | Path = TINY, *, dtype: str = "float32", attn_implementation: str = "sdpa", trust_remote_code: bool = False
+) -> nn.Module:
+    """Load a causal language model with every dropout set to 0, so that scoring repeats exactly.
+
+    Args:
+        path: a folder, a Hub name, or `"tiny"` for the model that ships with the package.
+        dtype: a torch dtype name, `"float32"` or `"bfloat16"`.
+        attn_implementation: passed to Transformers: `"sdpa"`, `"eager"`, `"flash_attention_2"`.
+        trust_remote_code: run the Python files of the model's repository. Off unless you ask.
+
+    Raises:
+        InputError: the model cannot be found or read.
+    """
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype):
+        raise InputError(f"model.dtype: {dtype!r} is no torch dtype; use 'float32' or 'bfloat16'")
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        path,
+        dtype=torch_dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return disable_dropout(model)
+
+
+def load_tokenizer(path: str | Path = TINY, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model, padding on the left, with a pad token.
+
+    Raises:
+        InputError: no tokenizer there, or one without an end-of-sequence token.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path} has no end-of-sequence token; set tokenizer.eos_token before training")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def tiny_llama(
+    vocab_size: int = 24,
+    *,
+    hidden_size: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    max_length: int = 128,
+    pad_token_id: int = 0,
+    eos_token_id: int = 1,
+    seed: int = 0,
+) -> nn.Module:
+    """A randomly initialised Llama small enough for a laptop: 0.8 million parameters by default."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = LlamaForCausalLM(config)
+    return model
+
+
+def disable_dropout(model: nn.Module) -> nn.Module:
+    """Set every dropout probability of `model` to 0, in place.
+
+    With dropout the policy that samples, the one that scores and the one that learns would differ, and the
+    ratio of a fresh sample would not be 1.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (name == "p" or "drop" in name):
+                setattr(module, name, 0.0)
+    return model
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """The longest sequence that the model can read, or `None` where its configuration does not say."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def _from_pretrained(auto: Any, path: str | Path, **kwargs: Any) -> Any:
+    source = resolve(path)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        source = str(folder)
+    elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise InputError(f"model.path: there is no folder {path}; give a model folder, a Hub name or 'tiny'")
+    try:
+        return auto.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model.path: cannot load {path!r} ({reason}); give a model folder, a Hub name or 'tiny'"
+        ) from error
+
+

@@ -1,0 +1,105 @@
+"""Train one algorithm: `python -m lit_rlhf.train algo=dapo`.
+
+Instantiates data, module, callbacks, loggers and trainer from the configuration, and calls fit.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lit_rlhf.config import check_config, conf_dir, prepare_arguments
+from lit_rlhf.errors import InputError
+
+
+def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
+    """Build everything that `cfg` describes and fit.
+
+    Returns:
+        The last metrics that callbacks can monitor, and the objects by name.
+    """
+    from lightning.pytorch import seed_everything
+
+    from lit_rlhf.models.wrapper import tokenizer_for
+
+    for plugin in cfg.plugins:
+        import_module(plugin)
+    seed_everything(cfg.seed, verbose=False)
+    data = instantiate(cfg.data)
+    policy = instantiate(cfg.model)
+    module = instantiate(cfg.algo, _partial_=True)(
+        policy=policy,
+        tokenizer=tokenizer_for(policy, instantiate(cfg.tokenizer)),
+        reward_funcs=instantiate(cfg.reward),
+        sampling=instantiate(cfg.rollout),
+        seed=cfg.seed,
+    )
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=[instantiate(c) for c in cfg.callbacks.values() if c],
+        logger=[instantiate(logger) for logger in cfg.logger.values() if logger],
+    )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    if cfg.validate_first and not cfg.ckpt_path:
+        trainer.validate(module, datamodule=data, verbose=False)
+    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return metrics, {"data": data, "module": module, "trainer": trainer}
+
+
+@hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
+def _run(cfg: DictConfig) -> None:
+    try:
+        check_config(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
+        metrics, _ = train(cfg)
+    except Exception as error:
+        sentence = _input_error(error)
+        if sentence is None:
+            raise
+        _fail(sentence)
+    for name in sorted(name for name in metrics if name.startswith("val/")):
+        print(f"{name}: {metrics[name]:.3f}")
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+    print(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+
+
+def main() -> None:
+    """Entry point of `python -m lit_rlhf.train` and of the `lit-rlhf` command."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        sys.argv[1:] = prepare_arguments(sys.argv[1:], _top_level())
+    except InputError as error:
+        _fail(str(error))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _run()
+
+
+def _top_level() -> list[str]:
+    return [str(key) for key in OmegaConf.load(conf_dir() / "train.yaml") if key != "defaults"]
+
+
+def _input_error(error: BaseException | None) -> str | None:
+    """The sentence for the user in a chain of exceptions; None if the error is not theirs."""
+    while error is not None:
+        if isinstance(error, InputError) or type(error).__name__ == "MisconfigurationException":
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _fail(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
