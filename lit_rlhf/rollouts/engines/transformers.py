@@ -22,7 +22,7 @@ from lit_rlhf.rollouts.random import mix_seed, uniforms
 from lit_rlhf.types import Rollout, SamplingConfig, pad_left
 
 _KEEP_FRACTION = 0.75  # finished rows are dropped once fewer than this share of the batch is alive
-_STEPS_BETWEEN_CHECKS = 8  # on an accelerator, where counting the living waits for the device
+_STEPS_BETWEEN_CHECKS = {"cpu": 1}  # elsewhere 8: counting the living waits for the device
 
 
 class TransformersEngine:
@@ -111,6 +111,7 @@ class TransformersEngine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sample `[N, T]` ids, mask and log-probs, T the longest response. `uniform` is `[N, max_new_tokens]`."""
         (N, steps), device = uniform.shape, uniform.device
+        check_every = _STEPS_BETWEEN_CHECKS.get(device.type, 8)
         logits = forward.prefill(sampling.group_size)
         live = _Live(torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device), uniform)
         response = torch.full((N, steps), self.pad_token_id, device=device)
@@ -124,7 +125,7 @@ class TransformersEngine:
             live.alive = live.alive & ~torch.isin(token, ends)
             if step + 1 == steps:
                 break
-            if device.type == "cpu" or (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
+            if (step + 1) % check_every == 0:
                 count = int(live.alive.sum())
                 if not self._any_alive(count):
                     break
