@@ -20,6 +20,7 @@ _HOMES = {
     "SamplingConfig": "lit_rlhf.types",
     "PromptBatch": "lit_rlhf.types",
     "Rollout": "lit_rlhf.types",
+    "ScoredRollout": "lit_rlhf.types",
     "Experience": "lit_rlhf.types",
     "InputError": "lit_rlhf.errors",
     "register_adv_estimator": "lit_rlhf.registry",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lit_rlhf.types import PromptBatch as PromptBatch
     from lit_rlhf.types import Rollout as Rollout
     from lit_rlhf.types import SamplingConfig as SamplingConfig
+    from lit_rlhf.types import ScoredRollout as ScoredRollout
 
 
 def __getattr__(name: str) -> Any:

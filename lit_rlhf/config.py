@@ -134,7 +134,7 @@ def _of_function(node: ast.FunctionDef, module: str, skip: int = 0) -> Signature
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith("Unpack"):
         typed = _find(f"{module}.{ast.unparse(annotation.slice)}")
         if typed is not None and isinstance(typed[0], ast.ClassDef):
-            return Signature(_fields(*typed) | parameters, open=False)
+            return Signature(_fields(typed[0], typed[1]) | parameters, open=False)
     return Signature(parameters, open=True)
 
 
@@ -168,8 +168,12 @@ def _find(target: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
     """The definition behind a dotted path and the module it stands in; re-exports are followed."""
     module, _, name = target.rpartition(".")
     tree = _parse(module) if module else None
-    for node in ast.walk(tree) if tree is not None else ():
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name and node in getattr(tree, "body", ()):
+    for node in tree.body if tree is not None else ():
+        if (
+            isinstance(node, (ast.ClassDef, ast.FunctionDef))
+            and node.name == name
+            and node in getattr(tree, "body", ())
+        ):
             return node, module
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:

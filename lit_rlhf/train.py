@@ -5,8 +5,10 @@ Instantiates data, module, callbacks, loggers and trainer from the configuration
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 
     from lit_rlhf.models.wrapper import tokenizer_for
 
+    _quiet()
     for plugin in cfg.plugins:
         import_module(plugin)
     seed_everything(cfg.seed, verbose=False)
@@ -55,7 +58,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     return metrics, {"data": data, "module": module, "trainer": trainer}
 
 
-@hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
+@hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")  # type: ignore[untyped-decorator]
 def _run(cfg: DictConfig) -> None:
     try:
         check_config(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
@@ -85,6 +88,13 @@ def main() -> None:
 
 def _top_level() -> list[str]:
     return [str(key) for key in OmegaConf.load(conf_dir() / "train.yaml") if key != "defaults"]
+
+
+def _quiet() -> None:
+    """Leave the terminal to what the user has to read."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*in eval mode at the start of training.*", ".*isinstance.treespec.*", ".*is not empty.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _input_error(error: BaseException | None) -> str | None:

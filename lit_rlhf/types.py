@@ -7,9 +7,9 @@ first EOS included, and false after it, on padding and on tokens that the policy
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -108,9 +108,9 @@ class CompletionBatch(Rows):
     step_rows: Tensor | None = None  # []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rollout(Rows):
-    """Sampled completions; `rewards` are there once scored, the optional log-probs once computed."""
+    """Sampled completions, as an engine returns them."""
 
     prompt_ids: Tensor  # [N, P] int64, left-padded
     prompt_mask: Tensor  # [N, P] bool
@@ -120,12 +120,6 @@ class Rollout(Rows):
     truncated: Tensor  # [N] bool, ended by max_new_tokens and not by EOS or a stop token
     group_ids: Tensor  # [N] int64, rows of one prompt share one id
     version: Tensor  # [N] int64, rollouts the sampling weights had been trained on
-    raw_rewards: Tensor | None = None  # [N] weighted sum of the reward functions; NaN: none applies
-    reward_parts: Tensor | None = None  # [N, F] each reward function on its own; NaN: not applicable
-    rewards: Tensor | None = None  # [N] or [N, T], after shaping
-    old_logprobs: Tensor | None = None  # [N, T] under the policy at the start of the update phase
-    ref_logprobs: Tensor | None = None  # [N, T] under the reference
-    values: Tensor | None = None  # [N, T] before emitting token t
 
     @property
     def lengths(self) -> Tensor:
@@ -151,16 +145,28 @@ class Rollout(Rows):
         return replace(self, **{k: cut(k, v) for k, v in named.items() if isinstance(v, Tensor)})
 
 
-@dataclass(frozen=True)
-class Experience(Rollout):
-    """Rows to train on: a rollout with advantages.
+@dataclass(frozen=True, kw_only=True)
+class ScoredRollout(Rollout):
+    """Completions with their rewards, and the log-probs that the update needs."""
+
+    raw_rewards: Tensor  # [N] weighted sum of the reward functions; NaN: none applies
+    reward_parts: Tensor  # [N, F] each reward function on its own; NaN: not applicable
+    rewards: Tensor  # [N] or [N, T], after shaping
+    old_logprobs: Tensor  # [N, T] under the policy at the start of the update phase
+    ref_logprobs: Tensor | None = None  # [N, T] under the reference
+    values: Tensor | None = None  # [N, T] before emitting token t
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience(ScoredRollout):
+    """Rows to train on: a scored rollout with advantages.
 
     `step_tokens` and `step_rows` count the masked tokens and the non-empty rows of the whole optimiser
-    step, over its micro-batches and ranks; every loss is normalised by them (DESIGN: loss scaling), so
+    step, over its micro-batches and ranks; every loss is normalised by them (see `RLHFModule.aggregate`), so
     that any split of a batch gives the same gradient. `None` means: this batch is the whole step.
     """
 
-    advantages: Tensor | None = None  # [N, T]
+    advantages: Tensor  # [N, T]
     returns: Tensor | None = None  # [N, T], for the value function
     step_tokens: Tensor | None = None  # []
     step_rows: Tensor | None = None  # []
@@ -182,26 +188,25 @@ def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Te
     return ids, torch.arange(width) < lengths.unsqueeze(1)
 
 
-def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
-    """Stack rollouts of different widths: prompts are padded on the left, responses on the right.
+AnyRollout = TypeVar("AnyRollout", bound=Rollout)
 
-    Fields are kept where all rollouts have them, and dropped where one does not.
+
+def concatenate(rollouts: Sequence[AnyRollout]) -> AnyRollout:
+    """Stack rollouts of one type and of different widths: prompts are padded on the left, responses on the right.
+
+    Optional fields are kept where all rollouts have them, and dropped where one does not.
     """
-    if len(rollouts) == 1:
-        return rollouts[0]
-    return Rollout(**dict(_stacked(rollouts)))
-
-
-def _stacked(rollouts: Sequence[Rollout]) -> Iterator[tuple[str, Tensor]]:
-    for field in fields(Rollout):
-        values = [getattr(r, field.name) for r in rollouts]
-        if any(v is None for v in values):
-            continue
-        if values[0].ndim == 2 and field.name != "reward_parts":
-            width = max(v.shape[1] for v in values)
-            left = field.name.startswith("prompt_")
-            values = [_widen(v, width, left) for v in values]
-        yield field.name, torch.cat(values)
+    stacked: dict[str, Any] = {}
+    for field in fields(rollouts[0]):
+        values = [getattr(rollout, field.name) for rollout in rollouts]
+        if any(value is None for value in values):
+            stacked[field.name] = None
+        elif values[0].ndim == 2 and field.name != "reward_parts":
+            width, left = max(value.shape[1] for value in values), field.name.startswith("prompt_")
+            stacked[field.name] = torch.cat([_widen(value, width, left) for value in values])
+        else:
+            stacked[field.name] = torch.cat(values)
+    return replace(rollouts[0], **stacked)
 
 
 def _widen(x: Tensor, width: int, left: bool) -> Tensor:

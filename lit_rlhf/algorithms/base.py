@@ -23,7 +23,7 @@ from lit_rlhf.rollouts.engines import RolloutEngine, TransformersEngine
 from lit_rlhf.rollouts.loader import PromptLoader, Row, step_counts
 from lit_rlhf.rollouts.random import mix_seed
 from lit_rlhf.rollouts.state import LoopState
-from lit_rlhf.types import CompletionBatch, PromptBatch, Rollout, SamplingConfig
+from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Rollout, SamplingConfig, ScoredRollout
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 RewardFunction = Callable[..., Any]
@@ -39,7 +39,6 @@ class ModuleArgs(TypedDict, total=False):
     reward_weights: Sequence[float] | None
     sampling: SamplingConfig | None
     engine: RolloutEngine | None
-    lr: float
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: int
     weight_decay: float
@@ -96,7 +95,7 @@ class RLHFModule(LightningModule):
         self.tokenizer = tokenizer_for(policy, tokenizer)
         self.models = PolicyReferenceValue(policy, reference=reference)
         self.lr, self.lr_schedule, self.warmup_steps = lr, lr_schedule, warmup_steps
-        self.weight_decay, self.betas = weight_decay, tuple(betas)
+        self.weight_decay, self.betas = weight_decay, (betas[0], betas[1])
         self.validation_samples, self.seed = validation_samples, seed
         self.sampling = sampling or SamplingConfig()
         self.rewards = reward_functions(reward_funcs, reward_weights)
@@ -118,7 +117,7 @@ class RLHFModule(LightningModule):
         return encode_prompt(self.tokenizer, text)
 
     @torch.no_grad()
-    def sample(self, prompts: PromptBatch, sampling: SamplingConfig | None = None, stage: int = 0) -> Rollout:
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig | None = None, stage: int = 0) -> ScoredRollout:
         """Sample completions with the current weights and score them with the reward functions.
 
         Args:
@@ -131,9 +130,19 @@ class RLHFModule(LightningModule):
         seeds = [mix_seed(self.seed, stage, position) for position in prompts.index]
         rollout = self.engine.generate(prompts.prompt_ids, sampling, seeds)
         group_ids = torch.tensor(prompts.index, device=rollout.group_ids.device).repeat_interleave(sampling.group_size)
-        rollout = replace(rollout, group_ids=group_ids)
         total, parts = self._score_rewards(prompts, rollout, sampling.group_size)
-        return replace(rollout, raw_rewards=total, reward_parts=parts, rewards=total)
+        return ScoredRollout(
+            **{**vars(rollout), "group_ids": group_ids},
+            raw_rewards=total,
+            reward_parts=parts,
+            rewards=total,
+            old_logprobs=rollout.behavior_logprobs,
+        )
+
+    def accuracy(self, rollout: ScoredRollout) -> dict[str, Tensor]:
+        """`{"accuracy": [N]}`, 1 for a right completion, if one of the reward functions is a verifier."""
+        right = self.rewards.accuracy(rollout.reward_parts) if self.rewards is not None else None
+        return {} if right is None else {"accuracy": right}
 
     def _score_rewards(self, prompts: PromptBatch, rollout: Rollout, group_size: int) -> tuple[Tensor, Tensor]:
         if self.rewards is None:
@@ -169,7 +178,7 @@ class RLHFModule(LightningModule):
         return self.accumulate * self.world_size
 
     def aggregate(
-        self, per_token: Tensor, batch: Rollout | CompletionBatch, mode: LossAggregation = "token-mean"
+        self, per_token: Tensor, batch: Experience | CompletionBatch, mode: LossAggregation = "token-mean"
     ) -> Tensor:
         """This micro-batch's share of the optimiser step's loss: its sum over the whole step's count.
 
@@ -181,7 +190,7 @@ class RLHFModule(LightningModule):
                 `accumulate`-th of the step.
             mode: see `functional.aggregate`.
         """
-        tokens, rows = batch.step_tokens, batch.step_rows  # type: ignore[union-attr]
+        tokens, rows = batch.step_tokens, batch.step_rows
         if tokens is None or rows is None:
             tokens, rows = (n * self.accumulate for n in step_counts([batch.response_mask], self.device))
         unit = tokens if aggregation_unit(mode) == "tokens" else rows
@@ -258,10 +267,12 @@ class RLHFModule(LightningModule):
         samples["sampled"] = replace(self.sampling, group_size=self.validation_samples)
         for kind, sampling in samples.items():
             rollout = self.sample(prompts, sampling, stage=_VALIDATION)
-            found = {"reward": rollout.raw_rewards, "response_length": rollout.lengths}
-            if self.rewards is not None and self.rewards.accuracy(rollout.reward_parts) is not None:
-                found["accuracy"] = self.rewards.accuracy(rollout.reward_parts)
-            self.validation_stats.update({f"val/{k}_{kind}": (v, None) for k, v in found.items()})
+            found = {
+                "reward": rollout.raw_rewards,
+                "response_length": rollout.lengths.float(),
+                **self.accuracy(rollout),
+            }
+            self.validation_stats.update({f"val/{k}_{kind}": (v, ~v.isnan()) for k, v in found.items()})
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics; `val/accuracy_sampled` and its kin can be monitored by callbacks."""
@@ -317,7 +328,9 @@ class RLHFModule(LightningModule):
         self.loop = LoopState.from_plain(saved["loop"][self.rank])
 
 
-_VALIDATION_NAMES = [f"{what}_{how}" for what in ("reward", "accuracy", "response_length") for how in ("greedy", "sampled")]
+_VALIDATION_NAMES = [
+    f"{what}_{how}" for what in ("reward", "accuracy", "response_length") for how in ("greedy", "sampled")
+]
 _DECAY: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,

@@ -11,6 +11,9 @@ and when `max_rounds` are used up the batch is completed by groups that weigh no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -19,7 +22,7 @@ from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 from lit_rlhf.errors import InputError
 from lit_rlhf.functional import overlong_penalty
 from lit_rlhf.rollouts.dynamic_sampling import refill
-from lit_rlhf.types import PromptBatch, Rollout
+from lit_rlhf.types import PromptBatch, ScoredRollout
 
 
 class DAPO(OnPolicyModule):
@@ -28,6 +31,7 @@ class DAPO(OnPolicyModule):
     Args:
         clip_ratio_low: eps_low; the ratio of a bad completion's token is clipped at 1 - eps_low.
         clip_ratio_high: eps_high; the ratio of a good completion's token is clipped at 1 + eps_high.
+        lr: the paper's learning rate, for large models.
         loss_agg: the paper's average over all tokens of the step is `"token-mean"`.
         dynamic_sampling: drop groups of equal raw rewards and sample more prompts instead.
         max_rounds: sampling rounds of one rollout at most, the first included.
@@ -38,7 +42,8 @@ class DAPO(OnPolicyModule):
     advantage_estimator = "group_normalize"
     policy_loss = "clip"
     hyper_parameters = ("clip_ratio_low", "clip_ratio_high")
-    stats_spec = OnPolicyModule.stats_spec | {
+    stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **OnPolicyModule.stats_spec,
         "rollout/dynamic_sampling_rounds": ("value",),
         "rollout/filler_fraction": ("value",),
     }
@@ -48,6 +53,7 @@ class DAPO(OnPolicyModule):
         *,
         clip_ratio_low: float = 0.2,
         clip_ratio_high: float = 0.28,
+        lr: float = 1e-6,
         loss_agg: LossAggregation = "token-mean",
         dynamic_sampling: bool = True,
         max_rounds: int = 4,
@@ -56,14 +62,14 @@ class DAPO(OnPolicyModule):
     ) -> None:
         self.clip_ratio_low, self.clip_ratio_high = clip_ratio_low, clip_ratio_high
         self.dynamic_sampling, self.max_rounds, self.overlong_buffer = dynamic_sampling, max_rounds, overlong_buffer
-        super().__init__(loss_agg=loss_agg, **on_policy)
+        super().__init__(lr=lr, loss_agg=loss_agg, **on_policy)
         if not 0 <= overlong_buffer < self.sampling.max_new_tokens:
             raise InputError(
                 f"algo.overlong_buffer={overlong_buffer} must lie between 0 and "
                 f"rollout.max_new_tokens={self.sampling.max_new_tokens}"
             )
 
-    def gather(self, prompts: PromptBatch) -> Rollout:
+    def gather(self, prompts: PromptBatch) -> ScoredRollout:
         """Replace groups that teach nothing by samples of further prompts (eq. 11)."""
         rollout = self.sample(prompts)
         if not self.dynamic_sampling:
@@ -80,7 +86,7 @@ class DAPO(OnPolicyModule):
         )
         return filled.rollout
 
-    def shape_rewards(self, rollout: Rollout) -> Tensor:
+    def shape_rewards(self, rollout: ScoredRollout) -> Tensor:
         """Add the soft overlong penalty (eq. 13); the filter above has seen the raw reward."""
         rewards = super().shape_rewards(rollout)
         if not self.overlong_buffer:

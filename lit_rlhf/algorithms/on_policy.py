@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lit_rlhf.algorithms.base import LossAggregation, ModuleArgs, RLHFModule, Row
+from lit_rlhf.algorithms.base import LossAggregation, ModuleArgs, RLHFModule
 from lit_rlhf.errors import InputError
 from lit_rlhf.functional import approx_kl, kl_estimate
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss
 from lit_rlhf.rollouts.dynamic_sampling import informative
-from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, permutation
-from lit_rlhf.types import Experience, PromptBatch, Rollout
+from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, Row, permutation
+from lit_rlhf.types import Experience, PromptBatch, ScoredRollout
 
 GROUP_ESTIMATORS = ("group_normalize", "rloo")  # meaningless with one sample per prompt
 
@@ -32,7 +32,6 @@ class OnPolicyArgs(ModuleArgs, total=False):
     update_epochs: int
     advantage_estimator: str | Callable[..., Any] | None
     policy_loss: str | Callable[..., Any] | None
-    loss_agg: LossAggregation
     kl_coef: float
     kl_estimator: str
     entropy_coef: float
@@ -52,6 +51,7 @@ class OnPolicyModule(RLHFModule):
         update_epochs: passes over a rollout.
         advantage_estimator: a registered name or a function `(rewards, mask, **named) -> (advantages, returns)`.
         policy_loss: a registered name or a function `(old_logp, logp, advantages, mask, **named) -> (loss, metrics)`.
+        lr: AdamW's learning rate.
         loss_agg: how per-token losses are averaged, see `functional.aggregate`.
         kl_coef: weight of the KL to the reference in the loss. With 0 no reference model is held.
         kl_estimator: `"k1"`, `"k2"` or `"k3"`, see `functional.kl_estimate`.
@@ -92,6 +92,7 @@ class OnPolicyModule(RLHFModule):
         update_epochs: int = 1,
         advantage_estimator: str | Callable[..., Any] | None = None,
         policy_loss: str | Callable[..., Any] | None = None,
+        lr: float = 1e-6,
         loss_agg: LossAggregation = "token-mean",
         kl_coef: float = 0.0,
         kl_estimator: str = "k3",
@@ -99,10 +100,13 @@ class OnPolicyModule(RLHFModule):
         mask_truncated: bool = False,
         **module: Unpack[ModuleArgs],
     ) -> None:
-        super().__init__(**module, reference=kl_coef != 0)
+        super().__init__(**module, lr=lr, reference=kl_coef != 0)
         self.advantage_estimator = advantage_estimator or type(self).advantage_estimator
         self.policy_loss = policy_loss or type(self).policy_loss
-        self._estimate, self._policy_loss = get_adv_estimator(self.advantage_estimator), get_policy_loss(self.policy_loss)
+        self._estimate, self._policy_loss = (
+            get_adv_estimator(self.advantage_estimator),
+            get_policy_loss(self.policy_loss),
+        )
         self.group_size, self.prompts_per_rollout = group_size, prompts_per_rollout
         self.minibatches, self.update_epochs = minibatches, update_epochs
         self.loss_agg, self.kl_coef, self.kl_estimator = loss_agg, kl_coef, kl_estimator
@@ -142,17 +146,17 @@ class OnPolicyModule(RLHFModule):
         rollout = replace(rollout, rewards=self.shape_rewards(rollout))
         advantages, returns = self.compute_advantages(rollout)
         mask = rollout.response_mask & ~(rollout.truncated.unsqueeze(1) & self.mask_truncated)
-        kept = {f.name: getattr(rollout, f.name) for f in fields(Rollout)} | {"response_mask": mask}
+        kept = {f.name: getattr(rollout, f.name) for f in fields(rollout)} | {"response_mask": mask}
         self._record_rollout(rollout)
         self.clock["rollout"] += time.perf_counter() - started
         self.clock["tokens"] += float(rollout.lengths.sum())
         return Experience(**kept, advantages=advantages, returns=returns)
 
-    def gather(self, prompts: PromptBatch) -> Rollout:
+    def gather(self, prompts: PromptBatch) -> ScoredRollout:
         """The samples of one rollout: those of `prompts`. Dynamic sampling replaces some of them."""
         return self.sample(prompts)
 
-    def score_rollout(self, rollout: Rollout) -> Rollout:
+    def score_rollout(self, rollout: ScoredRollout) -> ScoredRollout:
         """Add the log-probs at the start of the update phase, and the reference's.
 
         The sampler's own log-probs are those of the policy: the weights are the same, the distribution is
@@ -160,19 +164,18 @@ class OnPolicyModule(RLHFModule):
         scores the rows again. Rows carried over from the rollout before keep the log-probs they were sampled
         with, so that the ratio corrects for their age.
         """
-        temperature, old, ref = self.sampling.temperature, rollout.behavior_logprobs, None
+        temperature, old, ref = self.sampling.temperature, rollout.old_logprobs, None
         if self.sampling.truncates_distribution:
             old = self.models.score(rollout, temperature=temperature).logprobs
         if self.models.reference is not None:
             ref = self.models.score_reference(rollout, temperature=temperature).logprobs
         return replace(rollout, old_logprobs=old, ref_logprobs=ref)
 
-    def shape_rewards(self, rollout: Rollout) -> Tensor:
+    def shape_rewards(self, rollout: ScoredRollout) -> Tensor:
         """Hook 1: rewards `[N]` or `[N, T]` from the raw `rollout.rewards` `[N]`."""
-        assert rollout.rewards is not None
         return rollout.rewards
 
-    def compute_advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+    def compute_advantages(self, rollout: ScoredRollout) -> tuple[Tensor, Tensor | None]:
         """Hook 2: advantages `[N, T]` and returns `[N, T]` or None. Calls `advantage_estimator`."""
         named = {n: getattr(rollout, n) for n in ("values", "old_logprobs", "ref_logprobs", "group_ids")}
         advantages, returns = call_with_named(
@@ -202,19 +205,28 @@ class OnPolicyModule(RLHFModule):
     def compute_loss(self, scores: Scores, batch: Experience) -> dict[str, Tensor]:
         """Hook 3: the named terms of the loss, scalars. Calls `policy_loss`, adds KL and entropy terms."""
         per_token, metrics = call_with_named(
-            self._policy_loss, batch.old_logprobs, scores.logprobs, batch.advantages, batch.response_mask, **self._named()
+            self._policy_loss,
+            batch.old_logprobs,
+            scores.logprobs,
+            batch.advantages,
+            batch.response_mask,
+            **self._named(),
         )
         if per_token.ndim == 0:
             terms = {"policy_loss": per_token / self.loss_scale}
         else:
             terms = {"policy_loss": self.aggregate(per_token, batch, self.loss_agg)}
-        if self.kl_coef:
+        if batch.ref_logprobs is not None and self.kl_coef:
             kl = kl_estimate(scores.logprobs, batch.ref_logprobs, self.kl_estimator)
             terms["kl_loss"] = self.kl_coef * self.aggregate(kl, batch, self.loss_agg)
-        if self.entropy_coef:
+        if self.entropy_coef and scores.entropy is not None:
             terms["entropy_loss"] = -self.entropy_coef * self.aggregate(scores.entropy, batch)
         self.stats.update(
-            {f"stability/{k}": (v, batch.response_mask) for k, v in metrics.items() if f"stability/{k}" in self.stats_spec}
+            {
+                f"stability/{k}": (v, batch.response_mask)
+                for k, v in metrics.items()
+                if f"stability/{k}" in self.stats_spec
+            }
         )
         return terms
 
@@ -223,17 +235,18 @@ class OnPolicyModule(RLHFModule):
     def _record_update(self, scores: Scores, batch: Experience) -> None:
         mask, new, old = batch.response_mask, scores.logprobs.detach(), batch.old_logprobs
         found = {
-            "entropy": scores.entropy.detach(),
             "approx_kl": approx_kl(new, old, "k3"),
             "approx_kl_k1": approx_kl(new, old, "k1"),
             "ratio": (new - old).clamp(-20, 20).exp(),
             "advantage": batch.advantages,
         }
+        if scores.entropy is not None:
+            found["entropy"] = scores.entropy.detach()
         if batch.ref_logprobs is not None:
             found["kl_divergence"] = kl_estimate(new, batch.ref_logprobs, "k3")
         self.stats.update({f"stability/{name}": (value, mask) for name, value in found.items()})
 
-    def _record_rollout(self, rollout: Rollout) -> None:
+    def _record_rollout(self, rollout: ScoredRollout) -> None:
         found = {
             "reward/reward": rollout.raw_rewards,
             "reward/shaped_reward": rollout.rewards,
@@ -242,9 +255,7 @@ class OnPolicyModule(RLHFModule):
             "rollout/truncated_fraction": rollout.truncated.float(),
             "rollout/staleness": (self.loop.iteration - rollout.version).float(),
         }
-        correct = self.rewards.accuracy(rollout.reward_parts) if self.rewards is not None else None
-        if correct is not None:
-            found["reward/accuracy"] = correct
+        found |= {f"reward/{name}": right for name, right in self.accuracy(rollout).items()}
         self.stats.update({name: (value, ~value.isnan()) for name, value in found.items()})
 
     def on_train_epoch_end(self) -> None:
@@ -286,7 +297,7 @@ class OnPolicyModule(RLHFModule):
         passes = [permutation(rows, self.seed, self.loop.iteration, epoch) for epoch in range(self.update_epochs)]
         return [chunk for order in passes for chunk in order.chunk(self.minibatches * self.accumulate)]
 
-    def training_loader(self, rows_of: Callable[[int], list[Row]]) -> RolloutLoader:
+    def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> RolloutLoader:
         """The lazy view of the rollouts. The prompts are those of pass 0 over the data, shuffled for ever."""
         if self.prompts_per_rollout % self.world_size:
             raise InputError(
@@ -302,4 +313,3 @@ class OnPolicyModule(RLHFModule):
             )
         self.prompts = PromptStream(rows_of(0), self.encode_prompt, self.seed)
         return RolloutLoader(self)
-

@@ -7,7 +7,8 @@ Prompt and padding carry no loss. M counts over all micro-batches and ranks of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -28,10 +29,9 @@ class SFT(RLHFModule):
         **module: the arguments of `RLHFModule`.
     """
 
-    stats_spec = {
+    stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "loss/loss": ("value",),
         "loss/sft_loss": ("value",),
-        "stability/token_accuracy": ("value",),
         "stability/grad_norm": ("value",),
         "rollout/response_length": ("value", "max"),
     }

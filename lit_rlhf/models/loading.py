@@ -21,7 +21,11 @@ def resolve(path: str | Path) -> str:
 
 
 def load_causal_lm(
-    path: str | Path = TINY, *, dtype: str = "float32", attn_implementation: str = "sdpa", trust_remote_code: bool = False
+    path: str | Path = TINY,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a causal language model with every dropout set to 0, so that scoring repeats exactly.
 
@@ -55,7 +59,9 @@ def load_tokenizer(path: str | Path = TINY, trust_remote_code: bool = False) -> 
     """
     tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {path} has no end-of-sequence token; set tokenizer.eos_token before training")
+        raise InputError(
+            f"the tokenizer of {path} has no end-of-sequence token; set tokenizer.eos_token before training"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -124,5 +130,3 @@ def _from_pretrained(auto: Any, path: str | Path, **kwargs: Any) -> Any:
         raise InputError(
             f"model.path: cannot load {path!r} ({reason}); give a model folder, a Hub name or 'tiny'"
         ) from error
-
-

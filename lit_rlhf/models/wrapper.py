@@ -28,6 +28,7 @@ class PolicyReferenceValue(nn.Module):
     def __init__(self, policy: nn.Module | str | Path, *, reference: bool = False) -> None:
         super().__init__()
         self.policy: Any = disable_dropout(policy) if isinstance(policy, nn.Module) else load_causal_lm(policy)
+        self.policy.train()
         self.reference: Any = copy.deepcopy(self.policy).requires_grad_(False).eval() if reference else None
 
     def train(self, mode: bool = True) -> Self:

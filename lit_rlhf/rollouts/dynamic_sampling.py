@@ -14,37 +14,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_rlhf.types import Rollout, concatenate
+from lit_rlhf.types import ScoredRollout, concatenate
 
 
 @dataclass(frozen=True)
 class Refilled:
     """A full batch and what it took."""
 
-    rollout: Rollout  # `groups * group_size` rows, filler rows with an empty response mask
-    surplus: Rollout | None  # informative groups beyond the batch, for the next rollout
+    rollout: ScoredRollout  # `groups * group_size` rows, filler rows with an empty response mask
+    surplus: ScoredRollout | None  # informative groups beyond the batch, for the next rollout
     rounds: int  # sampling rounds, the first included
     filler: Tensor  # [N] bool, rows without weight
 
 
-def informative(rollout: Rollout) -> Tensor:
+def informative(rollout: ScoredRollout) -> Tensor:
     """Rows `[N]` bool whose group's raw rewards differ; for a 0/1 reward: 0 < #correct < G.
 
     Rewards that are NaN (no reward function applies) count for nothing.
     """
-    assert rollout.raw_rewards is not None
-    ids, group = rollout.group_ids.unique(return_inverse=True)
+    ids, group = torch.unique(rollout.group_ids, return_inverse=True)
     valid = ~rollout.raw_rewards.isnan()
     rewards, group_of = rollout.raw_rewards[valid], group[valid]
-    low = rewards.new_full((len(ids),), float("inf")).index_reduce(0, group_of, rewards, "amin")
-    high = rewards.new_full((len(ids),), float("-inf")).index_reduce(0, group_of, rewards, "amax")
+    low = rewards.new_full((len(ids),), float("inf")).scatter_reduce(0, group_of, rewards, "amin")
+    high = rewards.new_full((len(ids),), float("-inf")).scatter_reduce(0, group_of, rewards, "amax")
     return (high > low)[group]
 
 
 def refill(
-    first: Rollout,
-    carried: Rollout | None,
-    more: Callable[[int], Rollout],
+    first: ScoredRollout,
+    carried: ScoredRollout | None,
+    more: Callable[[int], ScoredRollout],
     groups: int,
     group_size: int,
     max_rounds: int,
@@ -81,11 +80,11 @@ def refill(
     return Refilled(rollout, surplus, rounds, filler)
 
 
-def _count(rollouts: list[Rollout], group_size: int) -> int:
+def _count(rollouts: list[ScoredRollout], group_size: int) -> int:
     return sum(len(rollout) for rollout in rollouts) // group_size
 
 
-def _emptied(rollout: Rollout) -> Rollout:
+def _emptied(rollout: ScoredRollout) -> ScoredRollout:
     return replace(rollout, response_mask=torch.zeros_like(rollout.response_mask))
 
 

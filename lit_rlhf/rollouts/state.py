@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_rlhf.types import Experience, Rollout
+from lit_rlhf.types import Experience, Rollout, ScoredRollout
 
 
 @dataclass
@@ -21,7 +21,7 @@ class LoopState:
     position: int = 0  # micro-batches already taken from this one
     prompts_seen: int = 0  # prompts drawn from the stream so far, over all ranks
     experience: Experience | None = None  # the rollout being trained on
-    carried: Rollout | None = None  # surplus groups of dynamic sampling, for the next rollout
+    carried: ScoredRollout | None = None  # surplus groups of dynamic sampling, for the next rollout
 
     def finish_iteration(self) -> None:
         """Move on to the next rollout or pass."""
@@ -38,7 +38,7 @@ class LoopState:
         if plain["experience"] is not None:
             state.experience = Experience(**plain["experience"])
         if plain["carried"] is not None:
-            state.carried = Rollout(**plain["carried"])
+            state.carried = ScoredRollout(**plain["carried"])
         return state
 
 
