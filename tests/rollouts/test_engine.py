@@ -393,11 +393,15 @@ def test_finished_rows_leave_the_batch_and_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("every", [5, 8, 1000])
 def test_seldom_checks_change_nothing(monkeypatch, every):
-    engine, sampling = engine_for(build(eos_bias=4.0)), SamplingConfig(60, group_size=3)
+    model, sampling = build(eos_bias=4.0), SamplingConfig(60, group_size=3)
+    engine, shapes = engine_for(model), record_forwards(model)
     expected = engine.generate(PROMPTS, sampling, 0)
-    assert expected.response_ids.shape[1] < 60
+    longest = expected.response_ids.shape[1]
+    assert len(shapes) == longest < 60
+    shapes.clear()
     monkeypatch.setitem(engine_module._STEPS_BETWEEN_CHECKS, "cpu", every)
     assert_same(expected, engine.generate(PROMPTS, sampling, 0))
+    assert len(shapes) == min(60, math.ceil(longest / every) * every)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -411,6 +415,15 @@ def test_the_preallocated_cache_changes_nothing(monkeypatch, kind):
     )
     assert_same(growing, engine_for(model).generate(PROMPTS, sampling, 0))
     assert used
+
+
+def test_only_plain_layers_are_preallocated():
+    layer_types = ["sliding_attention", "full_attention"]
+    mixed = build("gemma3", sliding_window=6, head_dim=8, layer_types=layer_types).config
+    kinds = [type(layer).__name__ for layer in cache.new_cache(mixed, capacity=8).layers]
+    assert kinds == ["DynamicSlidingWindowLayer", "PreallocatedLayer"]
+    plain = cache.new_cache(build("llama").config, capacity=8)
+    assert [type(layer).__name__ for layer in plain.layers] == ["PreallocatedLayer"] * 2
 
 
 def test_the_cache_keeps_the_contract_of_a_dynamic_layer():
