@@ -195,7 +195,11 @@ class RLHFModule(LightningModule):
             tokens, rows = (n * self.accumulate for n in step_counts([batch.response_mask], self.device))
         unit = tokens if aggregation_unit(mode) == "tokens" else rows
         return aggregate(
-            per_token, batch.response_mask, mode, max_length=self.sampling.max_new_tokens, denominator=unit
+            per_token,
+            batch.response_mask,
+            mode,
+            max_length=self.sampling.max_new_tokens,
+            denominator=unit.clamp(min=1),  # a step without a single valid token has a loss of 0, not 0/0
         )
 
     def total_loss(self, terms: Mapping[str, Tensor]) -> Tensor:
