@@ -99,7 +99,9 @@ class Signature:
     open: bool  # takes keywords that cannot be known here
 
     def check(self, key: str, value: Any, path: str) -> None:
-        """Raise an `InputError` if `key` is no parameter or `value` cannot be one."""
+        """Raise an `InputError` if `key` is no parameter or `value` is missing or cannot be one."""
+        if value == "???":
+            raise InputError(f"'{path}.{key}' is missing; give {path}.{key}=...")
         if key not in self.parameters:
             if self.open:
                 return

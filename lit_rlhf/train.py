@@ -31,6 +31,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 
     from lit_rlhf.models.wrapper import tokenizer_for
 
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     _quiet()
     for plugin in cfg.plugins:
         import_module(plugin)
@@ -54,6 +57,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     if cfg.validate_first and not cfg.ckpt_path:
         trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
+    if module.validated_at != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return metrics, {"data": data, "module": module, "trainer": trainer}
 
@@ -61,6 +66,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")  # type: ignore[untyped-decorator]
 def _run(cfg: DictConfig) -> None:
     try:
+        if not isinstance(cfg.seed, int):
+            raise InputError(f"'seed' must be int, got {cfg.seed!r}")
         check_config(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
         metrics, _ = train(cfg)
     except Exception as error:
@@ -83,7 +90,10 @@ def main() -> None:
     except InputError as error:
         _fail(str(error))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _run()
+    try:
+        _run()
+    except SystemExit as stop:  # Hydra exits with 1 where it cannot read the command line
+        sys.exit(2 if stop.code == 1 and "torch" not in sys.modules else stop.code)
 
 
 def _top_level() -> list[str]:

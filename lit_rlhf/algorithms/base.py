@@ -17,6 +17,7 @@ from lit_rlhf.data.rows import encode_prompt
 from lit_rlhf.errors import InputError
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import MaskedStats
+from lit_rlhf.models.loading import max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, tokenizer_for
 from lit_rlhf.rewards import RewardFunctions, reward_functions
 from lit_rlhf.rollouts.engines import RolloutEngine, TransformersEngine
@@ -101,6 +102,7 @@ class RLHFModule(LightningModule):
         self.rewards = reward_functions(reward_funcs, reward_weights)
         self.engine = engine or self._own_engine()
         self.loop = LoopState()
+        self.validated_at = -1  # global step
         self.stats = MaskedStats(self.stats_spec)
         self.validation_stats = MaskedStats({f"val/{n}": ("value",) for n in _VALIDATION_NAMES})
 
@@ -115,6 +117,12 @@ class RLHFModule(LightningModule):
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt."""
         return encode_prompt(self.tokenizer, text)
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """Most tokens that a prompt may have; None where the model's configuration does not say."""
+        limit = max_positions(self.models.policy)
+        return None if limit is None else limit - self.sampling.max_new_tokens
 
     @torch.no_grad()
     def sample(self, prompts: PromptBatch, sampling: SamplingConfig | None = None, stage: int = 0) -> ScoredRollout:
@@ -282,7 +290,8 @@ class RLHFModule(LightningModule):
         """Log the validation metrics; `val/accuracy_sampled` and its kin can be monitored by callbacks."""
         values = {name: float(value) for name, value in self.validation_stats.compute().items()}
         self.validation_stats.reset()
-        self.log_dict(values, prog_bar=False, logger=True, batch_size=1)
+        self.log_dict(values, batch_size=1)
+        self.validated_at = self.global_step
 
     # -- data ----------------------------------------------------------------------------------------------------
 

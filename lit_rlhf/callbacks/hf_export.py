@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import transformers
 from lightning.pytorch import Callback, Trainer
 
 
@@ -22,6 +21,5 @@ class HFExport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save, on the first rank."""
         if trainer.is_global_zero:
-            transformers.utils.logging.disable_progress_bar()
             pl_module.models.policy.save_pretrained(self.folder)
             pl_module.tokenizer.save_pretrained(self.folder)

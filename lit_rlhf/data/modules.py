@@ -25,6 +25,7 @@ class RowsDataModule(LightningDataModule):
         held_out_rows: the same; they never occur in training. May be empty.
         reward_funcs: used where the algorithm was given none.
         validation_batch_size: prompts per validation batch.
+        drop_long_prompts: leave out prompts that the model cannot read instead of stopping; their number is told.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class RowsDataModule(LightningDataModule):
         held_out_rows: Sequence[Row] = (),
         reward_funcs: Sequence[Any] = (),
         validation_batch_size: int = 256,
+        drop_long_prompts: bool = False,
     ) -> None:
         super().__init__()
         self.train_rows, self.held_out_rows = list(train_rows), list(held_out_rows)
         self.reward_funcs, self.validation_batch_size = list(reward_funcs), validation_batch_size
+        self.drop_long_prompts = drop_long_prompts
 
     def rows_of(self, iteration: int) -> Sequence[Row]:
         """The training rows of pass `iteration` over the data."""
@@ -45,6 +48,32 @@ class RowsDataModule(LightningDataModule):
     @property
     def _module(self) -> Any:
         return self.trainer.lightning_module  # type: ignore[union-attr]
+
+    def setup(self, stage: str) -> None:
+        """Look for prompts that do not fit the model, before anything is sampled."""
+        self.train_rows = self._fitting(self.train_rows, "training")
+        self.held_out_rows = self._fitting(self.held_out_rows, "held-out")
+
+    def _fitting(self, rows: list[Row], which: str) -> list[Row]:
+        limit, encode = self._module.prompt_limit, self._module.encode_prompt
+        if limit is None:
+            return rows
+        # A token is a byte at least: most prompts are seen to fit without encoding them.
+        suspects = [i for i, row in enumerate(rows) if len(row["prompt"].encode()) + 2 > limit]
+        lengths = {i: len(encode(rows[i]["prompt"])) for i in suspects}
+        long = {i: length for i, length in lengths.items() if length > limit}
+        if long and not self.drop_long_prompts:
+            worst = max(long, key=lambda i: long[i])
+            raise InputError(
+                f"{len(long)} of {len(rows)} {which} prompts do not fit the model: the longest has {long[worst]} "
+                f"tokens, and the model's context less rollout.max_new_tokens leaves {limit}; shorten them, lower "
+                f"rollout.max_new_tokens, or leave them out with data.drop_long_prompts=true"
+            )
+        if len(long) == len(rows) and rows:
+            raise InputError(f"none of the {len(rows)} {which} prompts fits the model's context; use another model")
+        if long:
+            print(f"left out {len(long)} of {len(rows)} {which} prompts, longer than {limit} tokens")
+        return [row for i, row in enumerate(rows) if i not in long]
 
     def train_dataloader(self) -> Any:
         """The lazy view that the module in training makes of the rows."""
@@ -98,6 +127,7 @@ class FileData(RowsDataModule):
         held_out: rows for validation, taken from the end of the file; by default a tenth, at most 256.
         validation_path: a file of its own for validation; then `held_out` takes nothing from `path`.
         validation_batch_size: prompts per validation batch.
+        drop_long_prompts: leave out prompts that the model cannot read instead of stopping; their number is told.
     """
 
     def __init__(
@@ -106,6 +136,7 @@ class FileData(RowsDataModule):
         held_out: int | None = None,
         validation_path: str | Path | None = None,
         validation_batch_size: int = 64,
+        drop_long_prompts: bool = False,
     ) -> None:
         rows = read_rows(path)
         if validation_path is not None:
@@ -115,7 +146,7 @@ class FileData(RowsDataModule):
             if not 0 <= count < len(rows):
                 raise InputError(f"data.held_out={count} leaves nothing to train on: {path} has {len(rows)} rows")
             train, test = rows[: len(rows) - count], rows[len(rows) - count :]
-        super().__init__(train, test, _verifier_of(rows), validation_batch_size)
+        super().__init__(train, test, _verifier_of(rows), validation_batch_size, drop_long_prompts)
 
 
 def _verifier_of(rows: Sequence[Row]) -> list[Any]:
