@@ -194,12 +194,13 @@ AnyRollout = TypeVar("AnyRollout", bound=Rollout)
 def concatenate(rollouts: Sequence[AnyRollout]) -> AnyRollout:
     """Stack rollouts of one type and of different widths: prompts are padded on the left, responses on the right.
 
-    Optional fields are kept where all rollouts have them, and dropped where one does not.
+    Optional fields are kept where all rollouts have them, and dropped where one does not; so are the counts of an
+    optimiser step, which say nothing about the rows of several.
     """
     stacked: dict[str, Any] = {}
     for field in fields(rollouts[0]):
         values = [getattr(rollout, field.name) for rollout in rollouts]
-        if any(value is None for value in values):
+        if any(value is None or value.ndim == 0 for value in values):
             stacked[field.name] = None
         elif values[0].ndim == 2 and field.name != "reward_parts":
             width, left = max(value.shape[1] for value in values), field.name.startswith("prompt_")
