@@ -27,11 +27,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     Returns:
         The last metrics that callbacks can monitor, and the objects by name.
     """
+    import transformers
     from lightning.pytorch import seed_everything
 
     from lit_rlhf.models.wrapper import tokenizer_for
-
-    import transformers
 
     transformers.utils.logging.disable_progress_bar()
     _quiet()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lit_rlhf.algorithms.schedule import DECAY, Schedule, lr_factor
 from lit_rlhf.data.rows import encode_prompt
 from lit_rlhf.errors import InputError
 from lit_rlhf.functional import aggregate, aggregation_unit
@@ -20,15 +20,15 @@ from lit_rlhf.metrics import MaskedStats
 from lit_rlhf.models.loading import max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, tokenizer_for
 from lit_rlhf.rewards import RewardFunctions, reward_functions
-from lit_rlhf.rollouts.engines import RolloutEngine, TransformersEngine
+from lit_rlhf.rollouts.engines import RolloutEngine
 from lit_rlhf.rollouts.loader import PromptLoader, Row, step_counts
-from lit_rlhf.rollouts.random import mix_seed
+from lit_rlhf.rollouts.sampler import default_engine, sample_and_score
 from lit_rlhf.rollouts.state import LoopState
-from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Rollout, SamplingConfig, ScoredRollout
+from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, SamplingConfig, ScoredRollout
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 RewardFunction = Callable[..., Any]
-_VALIDATION = 1  # keeps the random numbers of validation apart from those of training
+_TRAINING, _VALIDATION = 0, 1  # stages with random numbers of their own
 
 
 class ModuleArgs(TypedDict, total=False):
@@ -40,7 +40,7 @@ class ModuleArgs(TypedDict, total=False):
     reward_weights: Sequence[float] | None
     sampling: SamplingConfig | None
     engine: RolloutEngine | None
-    lr_schedule: Literal["constant", "linear", "cosine"]
+    lr_schedule: Schedule
     warmup_steps: int
     weight_decay: float
     betas: tuple[float, float]
@@ -80,7 +80,7 @@ class RLHFModule(LightningModule):
         sampling: SamplingConfig | None = None,
         engine: RolloutEngine | None = None,
         lr: float = 1e-6,
-        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
+        lr_schedule: Schedule = "constant",
         warmup_steps: int = 0,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -91,8 +91,8 @@ class RLHFModule(LightningModule):
         super().__init__()
         if not lr > 0:
             raise InputError(f"algo.lr must be above 0, got {lr}")
-        if lr_schedule not in _DECAY:
-            raise InputError(f"algo.lr_schedule must be one of {', '.join(_DECAY)}, got {lr_schedule!r}")
+        if lr_schedule not in DECAY:
+            raise InputError(f"algo.lr_schedule must be one of {', '.join(DECAY)}, got {lr_schedule!r}")
         self.tokenizer = tokenizer_for(policy, tokenizer)
         self.models = PolicyReferenceValue(policy, reference=reference)
         self.lr, self.lr_schedule, self.warmup_steps = lr, lr_schedule, warmup_steps
@@ -100,19 +100,13 @@ class RLHFModule(LightningModule):
         self.validation_samples, self.seed = validation_samples, seed
         self.sampling = sampling or SamplingConfig()
         self.rewards = reward_functions(reward_funcs, reward_weights)
-        self.engine = engine or self._own_engine()
+        self.engine = engine or default_engine(self.models.policy, self.tokenizer, self.sampling.stop)
         self.loop = LoopState()
         self.validated_at = -1  # global step
         self.stats = MaskedStats(self.stats_spec)
         self.validation_stats = MaskedStats({f"val/{n}": ("value",) for n in _VALIDATION_NAMES})
 
     # -- sampling ------------------------------------------------------------------------------------------------
-
-    def _own_engine(self) -> RolloutEngine:
-        config = getattr(self.models.policy, "generation_config", None)
-        ends = {self.tokenizer.eos_token_id, *_as_list(getattr(config, "eos_token_id", None))}
-        stop = [_single_token(self.tokenizer, text) for text in self.sampling.stop]
-        return TransformersEngine(sorted(ends), self.tokenizer.pad_token_id, stop)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt."""
@@ -124,44 +118,24 @@ class RLHFModule(LightningModule):
         limit = max_positions(self.models.policy)
         return None if limit is None else limit - self.sampling.max_new_tokens
 
-    @torch.no_grad()
-    def sample(self, prompts: PromptBatch, sampling: SamplingConfig | None = None, stage: int = 0) -> ScoredRollout:
+    def sample(
+        self, prompts: PromptBatch, sampling: SamplingConfig | None = None, stage: int = _TRAINING
+    ) -> ScoredRollout:
         """Sample completions with the current weights and score them with the reward functions.
 
         Args:
             prompts: B prompts; their stream positions become the group ids and seed their random numbers.
             sampling: by default the module's own; N = B * `sampling.group_size` rows come back.
-            stage: keeps apart the random numbers of training (0) and validation (1).
+            stage: keeps apart the random numbers of training and validation.
         """
-        sampling = sampling or self.sampling
         self.engine.update_weights(self.models.policy, self.loop.iteration)
-        seeds = [mix_seed(self.seed, stage, position) for position in prompts.index]
-        rollout = self.engine.generate(prompts.prompt_ids, sampling, seeds)
-        group_ids = torch.tensor(prompts.index, device=rollout.group_ids.device).repeat_interleave(sampling.group_size)
-        total, parts = self._score_rewards(prompts, rollout, sampling.group_size)
-        return ScoredRollout(
-            **{**vars(rollout), "group_ids": group_ids},
-            raw_rewards=total,
-            reward_parts=parts,
-            rewards=total,
-            old_logprobs=rollout.behavior_logprobs,
-        )
+        sampling = sampling or self.sampling
+        return sample_and_score(self.engine, self.tokenizer, self.rewards, prompts, sampling, self.seed, stage)
 
     def accuracy(self, rollout: ScoredRollout) -> dict[str, Tensor]:
         """`{"accuracy": [N]}`, 1 for a right completion, if one of the reward functions is a verifier."""
         right = self.rewards.accuracy(rollout.reward_parts) if self.rewards is not None else None
         return {} if right is None else {"accuracy": right}
-
-    def _score_rewards(self, prompts: PromptBatch, rollout: Rollout, group_size: int) -> tuple[Tensor, Tensor]:
-        if self.rewards is None:
-            raise InputError("no reward function: give reward_funcs=[...] (on the command line reward.funcs=[...])")
-        kept = rollout.response_mask.cpu()
-        ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids.cpu(), kept, strict=True)]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        columns = {k: [v for v in values for _ in range(group_size)] for k, values in prompts.columns.items()}
-        prompt_texts = columns.pop("prompt")
-        total, parts = self.rewards(prompt_texts, texts, ids, columns)
-        return total.to(rollout.response_ids.device), parts.to(rollout.response_ids.device)
 
     # -- loss scaling (one batch = any micro-batch split = any number of ranks) --------------------------------------
 
@@ -227,29 +201,19 @@ class RLHFModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
-        """The rate of optimiser step `step` (from 0), relative to `lr`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        total = self.total_steps
-        if total is None or total <= self.warmup_steps:
-            return 1.0
-        return _DECAY[self.lr_schedule](min(1.0, (step - self.warmup_steps) / (total - self.warmup_steps)))
+        return lr_factor(step, self.lr_schedule, self.warmup_steps, self.total_steps)
 
     @property
     def total_steps(self) -> int | None:
-        """Optimiser steps of the whole run, from the trainer's `max_epochs` or `max_steps`; None when endless."""
+        """Optimiser steps of the whole run, from the trainer's `max_steps` or `max_epochs`; None when endless."""
         trainer = self._trainer
-        if trainer is None or (trainer.max_steps < 0 and (trainer.max_epochs is None or trainer.max_epochs < 0)):
+        if trainer is None or trainer.train_dataloader is None:
             return None
         if trainer.max_steps > 0:
             return trainer.max_steps
-        steps = math.ceil(self.micro_batches_per_epoch / self.accumulate)
-        return steps * trainer.max_epochs if trainer.max_epochs is not None else None
-
-    @property
-    def micro_batches_per_epoch(self) -> int:
-        """Length of the training loader."""
-        return len(self.trainer.train_dataloader) if self.trainer.train_dataloader is not None else 0
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
+            return None
+        return -(-len(trainer.train_dataloader) // self.accumulate) * trainer.max_epochs
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the gradient's norm, before clipping."""
@@ -344,21 +308,3 @@ class RLHFModule(LightningModule):
 _VALIDATION_NAMES = [
     f"{what}_{how}" for what in ("reward", "accuracy", "response_length") for how in ("greedy", "sampled")
 ]
-_DECAY: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-}
-
-
-def _as_list(value: int | Sequence[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)
-
-
-def _single_token(tokenizer: Any, text: str) -> int:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        raise InputError(f"rollout.stop: {text!r} is {len(ids)} tokens of this tokenizer; give a single token")
-    return int(ids[0])

@@ -1,0 +1,80 @@
+"""Prompts in, scored completions out: the engine samples, the reward functions judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlhf.errors import InputError
+from lit_rlhf.rewards import RewardFunctions
+from lit_rlhf.rollouts.engines import RolloutEngine, TransformersEngine
+from lit_rlhf.rollouts.random import mix_seed
+from lit_rlhf.types import PromptBatch, Rollout, SamplingConfig, ScoredRollout
+
+
+@torch.no_grad()
+def sample_and_score(
+    engine: RolloutEngine,
+    tokenizer: Any,
+    rewards: RewardFunctions | None,
+    prompts: PromptBatch,
+    sampling: SamplingConfig,
+    *seed: int,
+) -> ScoredRollout:
+    """Sample `sampling.group_size` completions of each prompt and score them.
+
+    Args:
+        engine: what samples, with the weights it was given last.
+        tokenizer: decodes the completions for the reward functions.
+        rewards: the reward functions.
+        prompts: B prompts; their stream positions become the group ids and seed their random numbers.
+        sampling: how; N = B * group_size rows come back.
+        *seed: integers that the random numbers depend on, beside the prompt's position.
+
+    Raises:
+        InputError: there is no reward function, or one returned something that is no reward.
+    """
+    if rewards is None:
+        raise InputError("no reward function: give reward_funcs=[...] (on the command line reward.funcs=[...])")
+    rollout = engine.generate(prompts.prompt_ids, sampling, [mix_seed(*seed, i) for i in prompts.index])
+    total, parts = _score(rewards, tokenizer, prompts, rollout, sampling.group_size)
+    group_ids = torch.tensor(prompts.index, device=total.device).repeat_interleave(sampling.group_size)
+    kept = {f.name: getattr(rollout, f.name) for f in fields(Rollout)} | {"group_ids": group_ids}
+    return ScoredRollout(
+        **kept, raw_rewards=total, reward_parts=parts, rewards=total, old_logprobs=rollout.behavior_logprobs
+    )
+
+
+def _score(
+    rewards: RewardFunctions, tokenizer: Any, prompts: PromptBatch, rollout: Rollout, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum `[N]` and single rewards `[N, F]`, on the rollout's device."""
+    masks = rollout.response_mask.cpu()
+    ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids.cpu(), masks, strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    columns = {name: [v for v in values for _ in range(group_size)] for name, values in prompts.columns.items()}
+    prompt_texts = columns.pop("prompt")
+    total, parts = rewards(prompt_texts, texts, ids, columns)
+    return total.to(rollout.response_ids.device), parts.to(rollout.response_ids.device)
+
+
+def default_engine(policy: nn.Module, tokenizer: Any, stop: Sequence[str]) -> TransformersEngine:
+    """Sample from the policy itself, in process; completions end at the tokenizer's and the model's EOS and at `stop`.
+
+    Raises:
+        InputError: a stop string is not a single token.
+    """
+    declared = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
+    return TransformersEngine(sorted(ends), tokenizer.pad_token_id, [_single_token(tokenizer, text) for text in stop])
+
+
+def _single_token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise InputError(f"rollout.stop: {text!r} is {len(ids)} tokens of this tokenizer; give a single token")
+    return int(ids[0])
