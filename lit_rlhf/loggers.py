@@ -25,7 +25,9 @@ def wandb_logger(save_dir: str | Path, project: str = "lit_rlhf", **kwargs: Any)
     if "WANDB_MODE" not in os.environ and not _logged_in():
         os.environ["WANDB_MODE"] = "offline"  # before wandb is first imported, which reads it
     Path(save_dir).mkdir(parents=True, exist_ok=True)
-    return WandbLogger(project=project, save_dir=save_dir, **kwargs)
+    logger = WandbLogger(project=project, save_dir=save_dir, **kwargs)
+    logger._wandb_init.pop("anonymous", None)  # Lightning always passes it, and wandb warns that it means nothing
+    return logger
 
 
 def _logged_in() -> bool:

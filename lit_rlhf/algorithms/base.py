@@ -227,15 +227,15 @@ class RLHFModule(LightningModule):
         """Log everything once per rollout (or pass): `self.log` in `training_step` costs 0.2 ms a key."""
         self.publish(self.stats, {"rollout/iteration": float(self.loop.iteration)})
 
-    def publish(self, stats: MaskedStats, extra: Mapping[str, float] | None = None) -> dict[str, float]:
+    def publish(self, stats: MaskedStats, extra: Mapping[str, float] | None = None) -> None:
         """Reduce `stats` over the ranks, hand the values to every logger and the progress bar, and start anew."""
         values = {name: float(value) for name, value in stats.compute().items()} | dict(extra or {})
         stats.reset()
         for logger in self.loggers:
             logger.log_metrics(values, step=self.global_step)
-        shown = {name: values[name] for name in self.progress_keys if name in values}
-        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
-        return values
+        monitored = {name: value for name, value in values.items() if name in self.progress_keys or name[:4] == "val/"}
+        for name, value in monitored.items():
+            self.log(name, value, prog_bar=name in self.progress_keys, logger=False, batch_size=1)
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Greedy and sampled completions of held-out prompts: reward, accuracy, length."""
@@ -252,9 +252,7 @@ class RLHFModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics; `val/accuracy_sampled` and its kin can be monitored by callbacks."""
-        values = {name: float(value) for name, value in self.validation_stats.compute().items()}
-        self.validation_stats.reset()
-        self.log_dict(values, batch_size=1)
+        self.publish(self.validation_stats)
         self.validated_at = self.global_step
 
     # -- data ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from lit_rlhf.algorithms.base import LossAggregation, ModuleArgs, RLHFModule
 from lit_rlhf.errors import InputError
 from lit_rlhf.functional import approx_kl, kl_estimate
+from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss
 from lit_rlhf.rollouts.dynamic_sampling import informative
@@ -176,12 +177,16 @@ class OnPolicyModule(RLHFModule):
         return rollout.rewards
 
     def compute_advantages(self, rollout: ScoredRollout) -> tuple[Tensor, Tensor | None]:
-        """Hook 2: advantages `[N, T]` and returns `[N, T]` or None. Calls `advantage_estimator`."""
+        """Hook 2: advantages `[N, T]` and returns `[N, T]` or None. Calls `advantage_estimator`.
+
+        An estimator may return one number per row, `[N]`: it goes to each of the row's tokens.
+        """
         named = {n: getattr(rollout, n) for n in ("values", "old_logprobs", "ref_logprobs", "group_ids")}
         advantages, returns = call_with_named(
             self._estimate, rollout.rewards, rollout.response_mask, **named, bootstrap=None, **self._named()
         )
-        return advantages, returns
+        spread = lambda x: rollout.spread(x) if x is not None and x.ndim == 1 else x  # noqa: E731
+        return spread(advantages), spread(returns)
 
     def _named(self) -> dict[str, Any]:
         """The module's own hyper-parameters, offered by name to the estimator and the loss."""
@@ -221,13 +226,11 @@ class OnPolicyModule(RLHFModule):
             terms["kl_loss"] = self.kl_coef * self.aggregate(kl, batch, self.loss_agg)
         if self.entropy_coef and scores.entropy is not None:
             terms["entropy_loss"] = -self.entropy_coef * self.aggregate(scores.entropy, batch)
-        self.stats.update(
-            {
-                f"stability/{k}": (v, batch.response_mask)
-                for k, v in metrics.items()
-                if f"stability/{k}" in self.stats_spec
-            }
-        )
+        known = {
+            f"stability/{k}": torch.as_tensor(v) for k, v in metrics.items() if f"stability/{k}" in self.stats_spec
+        }
+        mask = batch.response_mask  # a user's loss may report a scalar, or a number per row
+        self.stats.update({name: (v, mask if v.shape == mask.shape else None) for name, v in known.items()})
         return terms
 
     # -- metrics ---------------------------------------------------------------------------------------------------
@@ -247,16 +250,19 @@ class OnPolicyModule(RLHFModule):
         self.stats.update({f"stability/{name}": (value, mask) for name, value in found.items()})
 
     def _record_rollout(self, rollout: ScoredRollout) -> None:
+        rewards, counts = rollout.rewards, rollout.response_mask.any(1)  # filler rows count as nothing
         found = {
             "reward/reward": rollout.raw_rewards,
-            "reward/shaped_reward": rollout.rewards,
+            "reward/shaped_reward": rewards
+            if rewards.ndim == 1
+            else zero_outside(rewards, rollout.response_mask).sum(1),
             "reward/zero_std_fraction": (~informative(rollout)).float(),
             "rollout/response_length": rollout.lengths.float(),
             "rollout/truncated_fraction": rollout.truncated.float(),
             "rollout/staleness": (self.loop.iteration - rollout.version).float(),
         }
         found |= {f"reward/{name}": right for name, right in self.accuracy(rollout).items()}
-        self.stats.update({name: (value, ~value.isnan()) for name, value in found.items()})
+        self.stats.update({name: (value, counts & ~value.isnan()) for name, value in found.items()})
 
     def on_train_epoch_end(self) -> None:
         """Log the rollout's metrics, with the time it took."""

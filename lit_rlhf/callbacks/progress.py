@@ -13,7 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 class RolloutProgressBar(ProgressBar):
     """A bar over the epochs of the fit, one per rollout, with the module's `progress_keys`.
 
-    On a terminal it is one line that moves; in a log file a line is written every tenth of the run.
+    On a terminal it is one line that moves; elsewhere a line is written every tenth of the run.
     """
 
     def __init__(self) -> None:
@@ -31,37 +31,39 @@ class RolloutProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar where the run stands."""
-        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total,
+            total=trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None,
             initial=trainer.current_epoch,
             desc=type(pl_module).__name__,
-            unit="rollout" if hasattr(pl_module, "collect") else "pass",
+            unit=" rollouts" if hasattr(pl_module, "collect") else " passes",
             disable=not self._enabled,
             file=sys.stderr,
-            dynamic_ncols=terminal,
-            mininterval=0.1 if terminal else 1e9,
-            miniters=None if terminal else max(1, (total or 100) // 10),
+            dynamic_ncols=sys.stderr.isatty(),
+            mininterval=0.1 if sys.stderr.isatty() else float("inf"),
         )
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One rollout done."""
-        shown = {k.split("/")[-1]: f"{float(v):.3f}" for k, v in trainer.progress_bar_metrics.items()}
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(1)
-        every = max(1, (self._bar.total or 100) // 10)
-        if not sys.stderr.isatty() and self._enabled and self._bar.n % every == 0:
-            self._bar.refresh()
-            sys.stderr.write("\n")
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the rollout that ended: its metrics are there only after its epoch's last hook."""
+        self._show(trainer, trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar."""
+        """Show the last rollout and close the bar."""
+        self._show(trainer, trainer.current_epoch)
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the bar, so that the error's sentence stands on a line of its own."""
         self._close()
+
+    def _show(self, trainer: Trainer, done: int) -> None:
+        if self._bar is None or done <= self._bar.n:
+            return
+        shown = {k.split("/")[-1]: f"{float(v):.3f}" for k, v in trainer.progress_bar_metrics.items()}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if self._enabled and not sys.stderr.isatty() and done % max(1, (self._bar.total or 100) // 10) == 0:
+            self._bar.refresh()
+            sys.stderr.write("\n")
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -50,11 +50,12 @@ class MaskedStats(MomentsMetric):
         self._add(_moments_update(*((torch.as_tensor(x, device=self.device), mask) for x, mask in given)))
 
     def compute(self) -> dict[str, Tensor]:
-        """Every wanted statistic by its logged name; 0 for a name that nothing was counted of."""
-        moments = self.moments
+        """Every wanted statistic by its logged name; names that nothing was counted of are left out."""
+        moments, counted = self.moments, self.moments.sums[0].tolist()
         by_statistic = {statistic: of(moments) for statistic, of in _STATISTICS.items()}
         return {
             name if statistic == "value" else f"{name}_{statistic}": by_statistic[statistic][k]
             for k, (name, statistics) in enumerate(self.wanted.items())
             for statistic in statistics
+            if counted[k]
         }

@@ -2,7 +2,8 @@
 
 A group in which every completion earned the same raw reward has advantage zero and no gradient. Such groups
 are dropped and more prompts sampled, until the batch is full or the rounds run out. All ranks take the same
-number of rounds and draw the same number of prompts, because both are decided from all-reduced counts.
+number of rounds and draw the same number of prompts, because both are decided from all-reduced counts. A rank
+that is full before the others keeps no more than the next batch can use: a carried row is one rollout old, never two.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Refilled:
     """A full batch and what it took."""
 
     rollout: ScoredRollout  # `groups * group_size` rows, filler rows with an empty response mask
-    surplus: ScoredRollout | None  # informative groups beyond the batch, for the next rollout
+    surplus: ScoredRollout | None  # informative groups beyond the batch, for the next rollout; one batch at most
     rounds: int  # sampling rounds, the first included
     filler: Tensor  # [N] bool, rows without weight
 
@@ -73,7 +74,7 @@ def refill(
         rounds += 1
     found, spare = concatenate(kept), concatenate(dropped)
     wanted = groups * group_size
-    surplus = found[wanted:] if len(found) > wanted else None
+    surplus = found[wanted : 2 * wanted] if len(found) > wanted else None
     lacking = max(0, wanted - len(found))
     filler = torch.arange(wanted, device=found.group_ids.device) >= wanted - lacking
     rollout = concatenate([found[:wanted], _emptied(spare[:lacking])])
