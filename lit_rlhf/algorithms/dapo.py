@@ -80,7 +80,7 @@ class DAPO(OnPolicyModule):
         self.loop.carried = filled.surplus
         self.stats.update(
             {
-                "rollout/dynamic_sampling_rounds": (filled.filler.new_tensor(filled.rounds).float(), None),
+                "rollout/dynamic_sampling_rounds": (float(filled.rounds), None),
                 "rollout/filler_fraction": (filled.filler.float(), None),
             }
         )

@@ -185,8 +185,11 @@ class OnPolicyModule(RLHFModule):
         advantages, returns = call_with_named(
             self._estimate, rollout.rewards, rollout.response_mask, **named, bootstrap=None, **self._named()
         )
-        spread = lambda x: rollout.spread(x) if x is not None and x.ndim == 1 else x  # noqa: E731
-        return spread(advantages), spread(returns)
+        if advantages.ndim == 1:
+            advantages = rollout.spread(advantages)
+        if returns is not None and returns.ndim == 1:
+            returns = rollout.spread(returns)
+        return advantages, returns
 
     def _named(self) -> dict[str, Any]:
         """The module's own hyper-parameters, offered by name to the estimator and the loss."""
