@@ -22,7 +22,9 @@ def test_names_and_their_order():
         "advantage_mean",
         "advantage_std",
     ]
-    assert list(MaskedStats(["a", "b"]).compute()) == ["a", "b"]
+    stats = MaskedStats(["a", "b"])
+    stats.update({"b": (1.0, None), "a": (2.0, None)})
+    assert list(stats.compute()) == ["a", "b"]
 
 
 def test_every_statistic_over_batches_of_any_shape():
