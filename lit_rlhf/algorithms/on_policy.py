@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar
@@ -22,6 +23,10 @@ from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, Row, permutati
 from lit_rlhf.types import Experience, PromptBatch, ScoredRollout
 
 GROUP_ESTIMATORS = ("group_normalize", "rloo")  # meaningless with one sample per prompt
+_SCALAR_LOSS = (
+    "the policy loss returns a scalar, which is used as it is: with micro-batches or ranks of unequal lengths their "
+    "tokens weigh differently; return [N, T] and algo.loss_agg averages them exactly"
+)
 
 
 class OnPolicyArgs(ModuleArgs, total=False):
@@ -221,6 +226,7 @@ class OnPolicyModule(RLHFModule):
             **self._named(),
         )
         if per_token.ndim == 0:
+            warnings.warn(_SCALAR_LOSS, stacklevel=2)  # Python shows it once
             terms = {"policy_loss": per_token / self.loss_scale}
         else:
             terms = {"policy_loss": self.aggregate(per_token, batch, self.loss_agg)}

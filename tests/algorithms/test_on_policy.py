@@ -294,7 +294,8 @@ def test_a_loss_that_returns_a_scalar_is_used_as_it_is(accumulate, world_size):
     module = pretend_trainer(build(GRPO, **MINE), accumulate, world_size)
     batch = random_experience(model=module.models.policy)
 
-    loss = module.training_step(batch)
+    with pytest.warns(UserWarning, match=r"returns a scalar.*return \[N, T\]"):
+        loss = module.training_step(batch)
     found = gradients(module, loss)
 
     logprobs = module.models.score(batch).logprobs
