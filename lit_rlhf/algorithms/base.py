@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lit_rlhf.algorithms.schedule import DECAY, Schedule, lr_factor
+from lit_rlhf.algorithms.schedule import DECAY, Schedule, lr_factor, recommended_lr
 from lit_rlhf.data.rows import encode_prompt
 from lit_rlhf.errors import InputError
 from lit_rlhf.functional import aggregate, aggregation_unit
@@ -58,7 +58,7 @@ class RLHFModule(LightningModule):
         reward_weights: one weight per function; 1 each by default.
         sampling: how completions are sampled, in training and in validation.
         engine: what samples; by default the policy itself, in process.
-        lr: AdamW's learning rate.
+        lr: AdamW's peak learning rate; by default `recommended_lr` of the policy's size.
         lr_schedule: after the warm-up, constant, or linear or cosine to 0 at the end of the run.
         warmup_steps: optimiser steps over which the rate rises from 0.
         weight_decay: AdamW's weight decay.
@@ -79,7 +79,7 @@ class RLHFModule(LightningModule):
         reward_weights: Sequence[float] | None = None,
         sampling: SamplingConfig | None = None,
         engine: RolloutEngine | None = None,
-        lr: float = 1e-6,
+        lr: float | None = None,
         lr_schedule: Schedule = "constant",
         warmup_steps: int = 0,
         weight_decay: float = 0.0,
@@ -89,13 +89,14 @@ class RLHFModule(LightningModule):
         reference: bool = False,
     ) -> None:
         super().__init__()
-        if not lr > 0:
+        if lr is not None and not lr > 0:
             raise InputError(f"algo.lr must be above 0, got {lr}")
         if lr_schedule not in DECAY:
             raise InputError(f"algo.lr_schedule must be one of {', '.join(DECAY)}, got {lr_schedule!r}")
         self.tokenizer = tokenizer_for(policy, tokenizer)
         self.models = PolicyReferenceValue(policy, reference=reference)
-        self.lr, self.lr_schedule, self.warmup_steps = lr, lr_schedule, warmup_steps
+        self.lr = lr or recommended_lr(sum(p.numel() for p in self.models.policy.parameters()))
+        self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.weight_decay, self.betas = weight_decay, (betas[0], betas[1])
         self.validation_samples, self.seed = validation_samples, seed
         self.sampling = sampling or SamplingConfig()

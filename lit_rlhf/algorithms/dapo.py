@@ -31,7 +31,6 @@ class DAPO(OnPolicyModule):
     Args:
         clip_ratio_low: eps_low; the ratio of a bad completion's token is clipped at 1 - eps_low.
         clip_ratio_high: eps_high; the ratio of a good completion's token is clipped at 1 + eps_high.
-        lr: the paper's learning rate, for large models.
         loss_agg: the paper's average over all tokens of the step is `"token-mean"`.
         dynamic_sampling: drop groups of equal raw rewards and sample more prompts instead.
         max_rounds: sampling rounds of one rollout at most, the first included.
@@ -53,7 +52,6 @@ class DAPO(OnPolicyModule):
         *,
         clip_ratio_low: float = 0.2,
         clip_ratio_high: float = 0.28,
-        lr: float = 1e-6,
         loss_agg: LossAggregation = "token-mean",
         dynamic_sampling: bool = True,
         max_rounds: int = 4,
@@ -62,7 +60,7 @@ class DAPO(OnPolicyModule):
     ) -> None:
         self.clip_ratio_low, self.clip_ratio_high = clip_ratio_low, clip_ratio_high
         self.dynamic_sampling, self.max_rounds, self.overlong_buffer = dynamic_sampling, max_rounds, overlong_buffer
-        super().__init__(lr=lr, loss_agg=loss_agg, **on_policy)
+        super().__init__(loss_agg=loss_agg, **on_policy)
         if not 0 <= overlong_buffer < self.sampling.max_new_tokens:
             raise InputError(
                 f"algo.overlong_buffer={overlong_buffer} must lie between 0 and "

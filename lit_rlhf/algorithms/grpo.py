@@ -26,7 +26,6 @@ class GRPO(OnPolicyModule):
         clip_ratio_low: eps below 1.
         clip_ratio_high: eps above 1.
         scale_rewards: divide by the group's standard deviation (`"std"`), the batch's (`"batch"`) or nothing.
-        lr: the paper's learning rate, for large models.
         loss_agg: the paper's 1/|o_i| average is `"seq-mean-token-mean"`.
         **on_policy: the arguments of `OnPolicyModule`; `kl_coef` is the paper's beta.
     """
@@ -41,9 +40,8 @@ class GRPO(OnPolicyModule):
         clip_ratio_low: float = 0.2,
         clip_ratio_high: float = 0.2,
         scale_rewards: Literal["std", "none", "batch"] = "std",
-        lr: float = 1e-6,
         loss_agg: LossAggregation = "seq-mean-token-mean",
         **on_policy: Unpack[OnPolicyArgs],
     ) -> None:
         self.clip_ratio_low, self.clip_ratio_high, self.scale_rewards = clip_ratio_low, clip_ratio_high, scale_rewards
-        super().__init__(lr=lr, loss_agg=loss_agg, **on_policy)
+        super().__init__(loss_agg=loss_agg, **on_policy)

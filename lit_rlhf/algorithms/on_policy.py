@@ -32,6 +32,7 @@ _SCALAR_LOSS = (
 class OnPolicyArgs(ModuleArgs, total=False):
     """The keyword arguments of `OnPolicyModule`, which every on-policy algorithm passes on."""
 
+    lr: float | None
     group_size: int
     prompts_per_rollout: int
     minibatches: int
@@ -51,13 +52,13 @@ class OnPolicyModule(RLHFModule):
     `shape_rewards`, `compute_advantages`, `compute_loss`.
 
     Args:
+        lr: AdamW's peak learning rate; by default `recommended_lr` of the policy's size.
         group_size: G, completions sampled per prompt.
         prompts_per_rollout: prompts of one rollout, over all ranks.
         minibatches: optimiser steps per pass over a rollout.
         update_epochs: passes over a rollout.
         advantage_estimator: a registered name or a function `(rewards, mask, **named) -> (advantages, returns)`.
         policy_loss: a registered name or a function `(old_logp, logp, advantages, mask, **named) -> (loss, metrics)`.
-        lr: AdamW's learning rate.
         loss_agg: how per-token losses are averaged, see `functional.aggregate`.
         kl_coef: weight of the KL to the reference in the loss. With 0 no reference model is held.
         kl_estimator: `"k1"`, `"k2"` or `"k3"`, see `functional.kl_estimate`.
@@ -92,13 +93,13 @@ class OnPolicyModule(RLHFModule):
     def __init__(
         self,
         *,
+        lr: float | None = None,
         group_size: int = 8,
         prompts_per_rollout: int = 32,
         minibatches: int = 1,
         update_epochs: int = 1,
         advantage_estimator: str | Callable[..., Any] | None = None,
         policy_loss: str | Callable[..., Any] | None = None,
-        lr: float = 1e-6,
         loss_agg: LossAggregation = "token-mean",
         kl_coef: float = 0.0,
         kl_estimator: str = "k3",
