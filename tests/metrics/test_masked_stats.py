@@ -60,10 +60,11 @@ def test_negative_values_have_negative_extremes():
 
 
 def test_equal_values_have_a_deviation_of_exactly_zero():
-    stats = MaskedStats({"x": ("std",)})
-    stats.update({"x": (torch.full((3,), 0.1), None)})
-    stats.update({"x": (torch.full((4,), 0.1), None)})
-    assert values(stats) == {"x_std": 0}
+    for value in (0.1, 1 / 3, 1e-3, 123.456, 1e6 / 7):  # some of whose sums are not exact
+        stats = MaskedStats({"x": ("std",)})
+        for n in (3, 4, 10):
+            stats.update({"x": (torch.full((n,), value, dtype=torch.float64), None)})
+        assert values(stats) == {"x_std": 0}
     one = MaskedStats({"x": ("std",)})
     one.update({"x": (5.0, None)})
     assert values(one) == {"x_std": 0}
