@@ -51,23 +51,32 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
         InputError: an unknown group, choice or key, with the nearest valid one.
     """
     groups = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in conf_dir().iterdir() if d.is_dir()}
+    sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     given = {argument.split("=")[0] for argument in arguments}
     implied = [choice for key, choice in _IMPLIED.items() if key in given and choice.split("=")[0] not in given]
     prepared = []
-    for argument in arguments:
+    for before, argument in zip(["", *arguments], arguments, strict=False):
         key, equals, value = argument.partition("=")
-        if not equals or key.startswith(("-", "+", "~", "hydra")):
+        head = key.lstrip("+").split(".")[0]
+        if key.startswith(("-", "~", "hydra")) or (not equals and before.startswith("-")):  # a flag, or its value
             prepared.append(argument)
             continue
-        head = key.split(".")[0]
+        if not equals:
+            raise InputError(f"{argument!r} is no assignment; write {argument}=VALUE")
         if head not in groups and head not in set(top_level):
             raise InputError(f"unknown key {key!r}{nearest(head, {*groups, *top_level})}")
         if key in groups:
-            for choice in value.split(","):
-                if choice not in (*groups[key], "null"):
-                    raise InputError(f"unknown choice {key}={choice}{nearest(choice, groups[key])}")
-        prepared.append(f"++{argument}" if "." in key else argument)
+            _check_choices(key, value.split(","), groups[key], sweep)
+        prepared.append(f"++{argument}" if "." in key and key[0] != "+" else argument)
     return implied + prepared
+
+
+def _check_choices(group: str, choices: Sequence[str], known: Sequence[str], sweep: bool) -> None:
+    for choice in choices:
+        if choice not in (*known, "null"):
+            raise InputError(f"unknown choice {group}={choice}{nearest(choice, known)}")
+    if len(choices) > 1 and not sweep:
+        raise InputError(f"{group}={','.join(choices)} are several runs; add -m to start one after the other")
 
 
 def check_config(config: Mapping[str, Any], path: str = "") -> None:
@@ -170,12 +179,9 @@ def _find(target: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
     """The definition behind a dotted path and the module it stands in; re-exports are followed."""
     module, _, name = target.rpartition(".")
     tree = _parse(module) if module else None
-    for node in tree.body if tree is not None else ():
-        if (
-            isinstance(node, (ast.ClassDef, ast.FunctionDef))
-            and node.name == name
-            and node in getattr(tree, "body", ())
-        ):
+    body = tree.body if tree is not None else []
+    for node in [*body, *(inner for outer in body if isinstance(outer, ast.If) for inner in outer.body)]:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
             return node, module
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:

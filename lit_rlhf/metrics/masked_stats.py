@@ -37,6 +37,7 @@ class MaskedStats(MomentsMetric):
         if unknown:
             raise ValueError(f"statistics must be among {', '.join(_STATISTICS)}, got {', '.join(sorted(unknown))}")
         super().__init__(len(self.wanted), **kwargs)
+        self._column_of = {name: column for column, name in enumerate(self.wanted)}
 
     def update(self, values: Mapping[str, tuple[Tensor | float, Tensor | None]]) -> None:
         """Count `{name: (values, mask)}` for any of the names.
@@ -45,9 +46,12 @@ class MaskedStats(MomentsMetric):
         """
         if unknown := values.keys() - self.wanted.keys():
             raise ValueError(f"unknown name {', '.join(sorted(unknown))}: this metric knows {', '.join(self.wanted)}")
-        nothing: tuple[Tensor, None] = (torch.empty(0, device=self.device), None)
-        given = [values.get(name, nothing) for name in self.wanted]
-        self._add(_moments_update(*((torch.as_tensor(x, device=self.device), mask) for x, mask in given)))
+        if not values:
+            return
+        columns = torch.tensor([self._column_of[name] for name in values], device=self.device)
+        new = _moments_update(*((torch.as_tensor(x, device=self.device), mask) for x, mask in values.values()))
+        self.sums = self.sums.index_add(1, columns, new.sums)
+        self.highs = self.highs.index_copy(1, columns, torch.maximum(self.highs[:, columns], new.highs))
 
     def compute(self) -> dict[str, Tensor]:
         """Every wanted statistic by its logged name; names that nothing was counted of are left out."""
