@@ -34,4 +34,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             raise InputError(f"ckpt_path: {path} is not a readable checkpoint ({type(error).__name__})") from error
+        if not isinstance(loaded, dict) or "lit_rlhf" not in loaded:
+            raise InputError(
+                f"ckpt_path: {path} is not a checkpoint of lit_rlhf; give one of the run folder's checkpoints/"
+            )
         return loaded

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -35,13 +36,14 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     transformers.utils.logging.disable_progress_bar()
     _quiet()
     for plugin in cfg.plugins:
-        import_module(plugin)
+        _import_plugin(plugin)
     seed_everything(cfg.seed, verbose=False)
     data = instantiate(cfg.data)
     policy = instantiate(cfg.model)
+    tokenizer = cfg.tokenizer if isinstance(cfg.tokenizer, str) else instantiate(cfg.tokenizer)
     module = instantiate(cfg.algo, _partial_=True)(
         policy=policy,
-        tokenizer=tokenizer_for(policy, instantiate(cfg.tokenizer)),
+        tokenizer=tokenizer_for(policy, tokenizer),
         reward_funcs=instantiate(cfg.reward),
         sampling=instantiate(cfg.rollout),
         seed=cfg.seed,
@@ -65,9 +67,11 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")  # type: ignore[untyped-decorator]
 def _run(cfg: DictConfig) -> None:
     try:
-        if not isinstance(cfg.seed, int):
-            raise InputError(f"'seed' must be int, got {cfg.seed!r}")
-        check_config(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
+        plain: Any = OmegaConf.to_container(cfg, resolve=False)
+        for key, kind in (("seed", int), ("validate_first", bool), ("plugins", list)):
+            if type(plain[key]) is not kind:
+                raise InputError(f"{key!r} must be {kind.__name__}, got {plain[key]!r}")
+        check_config(plain)
         metrics, _ = train(cfg)
     except Exception as error:
         sentence = _input_error(error)
@@ -99,6 +103,15 @@ def _top_level() -> list[str]:
     return [str(key) for key in OmegaConf.load(conf_dir() / "train.yaml") if key != "defaults"]
 
 
+def _import_plugin(name: str) -> None:
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise InputError(f"plugins: there is no module {name!r}, neither installed nor in {Path.cwd()}") from None
+
+
 def _quiet() -> None:
     """Leave the terminal to what the user has to read."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -111,12 +124,14 @@ def _input_error(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, InputError) or type(error).__name__ == "MisconfigurationException":
             return str(error)
+        if isinstance(error, InstantiationException) and isinstance(error.__cause__, (ValueError, ImportError)):
+            return str(error.__cause__)
         error = error.__cause__ or error.__context__
     return None
 
 
 def _fail(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, lr_factor, recommended_lr
 from lit_rlhf.data.rows import encode_prompt
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, check_choice
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import MaskedStats
 from lit_rlhf.models.loading import max_positions
@@ -91,8 +91,7 @@ class RLHFModule(LightningModule):
         super().__init__()
         if lr is not None and not lr > 0:
             raise InputError(f"algo.lr must be above 0, got {lr}")
-        if lr_schedule not in DECAY:
-            raise InputError(f"algo.lr_schedule must be one of {', '.join(DECAY)}, got {lr_schedule!r}")
+        check_choice("algo.lr_schedule", lr_schedule, DECAY)
         self.tokenizer = tokenizer_for(policy, tokenizer)
         self.models = PolicyReferenceValue(policy, reference=reference)
         self.lr = lr or recommended_lr(sum(p.numel() for p in self.models.policy.parameters()))

@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
+from lit_rlhf.errors import check_choice
 
 
 class GRPO(OnPolicyModule):
@@ -44,4 +45,5 @@ class GRPO(OnPolicyModule):
         **on_policy: Unpack[OnPolicyArgs],
     ) -> None:
         self.clip_ratio_low, self.clip_ratio_high, self.scale_rewards = clip_ratio_low, clip_ratio_high, scale_rewards
+        check_choice("algo.scale_rewards", scale_rewards, ("std", "none", "batch"))
         super().__init__(loss_agg=loss_agg, **on_policy)

@@ -6,14 +6,14 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation, ModuleArgs, RLHFModule
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, check_choice
 from lit_rlhf.functional import approx_kl, kl_estimate
 from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.models.scoring import Scores
@@ -127,6 +127,8 @@ class OnPolicyModule(RLHFModule):
         for name in ("group_size", "prompts_per_rollout", "minibatches", "update_epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"algo.{name} must be at least 1, got {getattr(self, name)}")
+        check_choice("algo.loss_agg", self.loss_agg, get_args(LossAggregation))
+        check_choice("algo.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         if self.group_size == 1 and self.advantage_estimator in GROUP_ESTIMATORS:
             raise InputError(
                 f"algo.group_size=1: {type(self).__name__} compares the samples of one prompt with each other "

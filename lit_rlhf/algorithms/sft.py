@@ -56,8 +56,11 @@ class SFT(RLHFModule):
                 f"algo.batch_size={self.batch_size} does not divide over {self.world_size} devices x "
                 f"trainer.accumulate_grad_batches={self.accumulate}; change one of them"
             )
-        count = len(rows_of(0))
-        if count < self.batch_size:
-            raise InputError(f"{count} demonstrations do not fill one batch of algo.batch_size={self.batch_size}")
+        first = rows_of(0)
+        if len(first) < self.batch_size:
+            raise InputError(f"{len(first)} demonstrations do not fill one batch of algo.batch_size={self.batch_size}")
+        if unfit := [row for row in first if not isinstance(row.get("completion"), str)]:
+            columns = ", ".join(sorted(unfit[0]))
+            raise InputError(f"SFT needs a text 'completion' in every row; {len(unfit)} have none, only {columns}")
         collate = lambda rows: collate_completions(self.tokenizer, rows)  # noqa: E731
         return PassLoader(self, rows_of, collate, self.batch_size)
