@@ -45,7 +45,7 @@ def take_stats(module):
 
 def loss_gradients_stats(module, *batches):
     losses = [module.training_step(batch) for batch in batches]
-    return float(sum(losses)), gradients(module, *losses), take_stats(module)
+    return sum(losses).item(), gradients(module, *losses), take_stats(module)
 
 
 def assert_stats_equal(found, expected, without=()):
@@ -186,7 +186,7 @@ def test_the_loss_undoes_what_lightning_and_ddp_divide_by(algorithm):
     parts = split(batch, SPLITS["uneven"])
 
     pretend_trainer(module, accumulate=3, world_size=2)
-    losses = [float(module.training_step(part)) for part in parts]
+    losses = [module.training_step(part).item() for part in parts]
 
     assert sum(losses) / 3 / 2 == pytest.approx(whole, abs=1e-12)
     # three micro-batches of one of two ranks: the mean of what was recorded, halved, is the step's loss
@@ -196,9 +196,9 @@ def test_the_loss_undoes_what_lightning_and_ddp_divide_by(algorithm):
 @pytest.mark.parametrize("algorithm", [*ON_POLICY, SFT])
 def test_without_counts_a_batch_is_one_of_the_steps_micro_batches(algorithm):
     module, batch = setting(algorithm)
-    whole = float(module.training_step(batch))
+    whole = module.training_step(batch).item()
     pretend_trainer(module, accumulate=4)
-    assert float(module.training_step(batch)) / 4 == pytest.approx(whole / 4, abs=1e-12)
+    assert module.training_step(batch).item() / 4 == pytest.approx(whole / 4, abs=1e-12)
 
 
 @pytest.mark.parametrize("loss_agg", AGGREGATIONS)
@@ -259,7 +259,7 @@ def test_the_loss_is_the_papers_sum(algorithm, loss_agg):
     entropy = module.models.score(batch, entropy=True).entropy.detach()
     high = {GRPO: 0.2, DAPO: 0.28}[algorithm]
 
-    found = float(module.training_step(batch))
+    found = module.training_step(batch).item()
 
     assert found == pytest.approx(paper_loss(batch, logprobs, entropy, loss_agg, 0.2, high, 0.3, 0.1, 9), abs=1e-9)
     stats, ratio = take_stats(module), (logprobs - batch.old_logprobs)[batch.response_mask].exp()
@@ -285,7 +285,7 @@ def test_the_sft_loss_is_the_mean_negative_log_likelihood_of_the_completions():
     module, batch = build(SFT), as_completions(random_experience(lengths=(3, 7, 0, 5, 2, 6)))
     logprobs = plain_logprobs(module.models.policy, batch)
     expected = -float(logprobs.sum()) / 23
-    assert float(module.training_step(batch)) == pytest.approx(expected, abs=1e-9)
+    assert module.training_step(batch).item() == pytest.approx(expected, abs=1e-9)
     assert take_stats(module)["rollout/response_length_max"] == 7
 
 
@@ -293,7 +293,7 @@ def test_the_sft_loss_of_a_flat_model_is_log_v():
     module, batch = build(SFT), as_completions(random_experience())
     with torch.no_grad():
         module.models.policy.lm_head.weight.zero_()
-    assert float(module.training_step(batch)) == pytest.approx(math.log(VOCABULARY), abs=1e-12)
+    assert module.training_step(batch).item() == pytest.approx(math.log(VOCABULARY), abs=1e-12)
 
 
 # C29 to C33
@@ -350,7 +350,7 @@ def test_without_a_clip_the_loss_is_minus_ratio_times_advantage(algorithm):
     batch = random_experience(model=module.models.policy)
     ratio = (plain_logprobs(module.models.policy, batch) - batch.old_logprobs).exp()
     expected = -(ratio * batch.advantages)[batch.response_mask].mean()
-    assert float(module.training_step(batch)) == pytest.approx(float(expected), abs=1e-9)
+    assert module.training_step(batch).item() == pytest.approx(float(expected), abs=1e-9)
 
 
 def test_grpo_without_a_scale_and_with_a_constant_length_is_dr_grpo():
@@ -361,7 +361,7 @@ def test_grpo_without_a_scale_and_with_a_constant_length_is_dr_grpo():
     R, lengths = batch.rewards.view(3, 2), batch.lengths.view(3, 2)
     expected = -float(((R - R.mean(1, keepdim=True)) * lengths).sum()) / 10 / 6
     assert abs(expected) > 1e-3
-    assert float(module.training_step(batch)) == pytest.approx(expected, abs=1e-9)
+    assert module.training_step(batch).item() == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("algorithm", ON_POLICY)
@@ -446,7 +446,7 @@ def test_the_gradient_is_that_of_finite_differences(algorithm, loss_agg):
         for sign in (1, -1):
             with torch.no_grad():
                 parameter.view(-1)[index] += sign * step
-                values.append(float(module.training_step(batch)))
+                values.append(module.training_step(batch).item())
                 parameter.view(-1)[index] -= sign * step
         expected = (values[0] - values[1]) / (2 * step)
         assert float(found[name].view(-1)[index]) == pytest.approx(expected, rel=1e-5, abs=1e-8), name
@@ -497,7 +497,7 @@ def test_the_value_of_an_on_policy_loss(algorithm, loss_agg, expected):
     logprobs = -torch.rand(2, 3, dtype=torch.float64)
     advantages = torch.tensor([[1.0] * 3, [-1.0] * 3], dtype=torch.float64)
     rollout = rollout_of([1, 0], [3, 1], logprobs=logprobs)
-    assert float(loss_of(module, rollout, logprobs, advantages)) == pytest.approx(expected, abs=1e-12)
+    assert loss_of(module, rollout, logprobs, advantages).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_default_aggregations_are_the_papers():
@@ -635,7 +635,7 @@ def test_the_entropy_term_has_the_gradient_of_the_entropy():
     entropy = -(log_p.exp() * log_p).sum().view(1, 1)
     logprobs = torch.zeros(1, 1, dtype=torch.float64)
     loss = loss_of(module, rollout_of([0], [1]), logprobs, torch.zeros(1, 1, dtype=torch.float64), entropy=entropy)
-    assert float(loss) == pytest.approx(-0.5 * 0.8323956, abs=1e-6)
+    assert loss.item() == pytest.approx(-0.5 * 0.8323956, abs=1e-6)
     found = torch.autograd.grad(loss, logits)[0] / -0.5
     assert found.tolist() == pytest.approx([-0.28259, 0.14077, 0.14182], abs=1e-5)
 

@@ -91,11 +91,12 @@ def test_every_log_prob_is_at_the_sampling_temperature(temperature):
     assert stats["stability/approx_kl"].item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("truncation", [{"top_p": 0.5}, {"top_k": 3}])
-def test_a_truncated_distribution_is_scored_again_by_the_policy(truncation):
-    module = collecting(sampling=SamplingConfig(max_new_tokens=5, **truncation))
+def test_a_truncated_distribution_is_scored_again_by_the_policy(truncation, temperature):
+    module = collecting(sampling=SamplingConfig(max_new_tokens=5, temperature=temperature, **truncation))
     experience = module.collect(prompts(3))
-    expected = plain_logprobs(module.models.policy, experience)
+    expected = plain_logprobs(module.models.policy, experience, temperature)
     torch.testing.assert_close(experience.old_logprobs.double(), expected, atol=1e-4, rtol=0)
     # of the distribution sampled from, where the same token is likelier
     assert (experience.behavior_logprobs - experience.old_logprobs)[experience.response_mask].min() > -1e-4
@@ -203,7 +204,7 @@ def test_shaped_rewards_are_what_advantages_are_made_of():
 def test_the_loss_hook_decides_the_loss():
     tripled, plain = build(HalvedAndWatched), build(GRPO)
     batch = random_experience(model=plain.models.policy)
-    assert float(tripled.training_step(batch)) == pytest.approx(3 * float(plain.training_step(batch)), abs=1e-12)
+    assert tripled.training_step(batch).item() == pytest.approx(3 * plain.training_step(batch).item(), abs=1e-12)
 
 
 def test_rewards_per_token_reach_the_estimator():
@@ -233,7 +234,7 @@ def test_an_estimator_and_a_loss_are_chosen_by_name():
     weight = (logprobs - batch.old_logprobs).exp().clamp(max=5.0)
     per_token = torch.where(batch.response_mask, -weight * batch.advantages * logprobs, 0.0)
     expected = (per_token.sum(1) / batch.response_mask.sum(1)).mean()
-    assert float(module.training_step(batch)) == pytest.approx(float(expected), abs=1e-9)
+    assert module.training_step(batch).item() == pytest.approx(float(expected), abs=1e-9)
 
 
 def test_the_hyper_parameters_of_the_module_reach_the_estimator_and_the_loss_by_name():
@@ -300,10 +301,10 @@ def test_a_loss_that_returns_a_scalar_is_used_as_it_is(accumulate, world_size):
 
     logprobs = module.models.score(batch).logprobs
     own = compute_my_loss(batch.old_logprobs, logprobs, batch.advantages, batch.response_mask)[0]
-    assert float(loss) == pytest.approx(float(own), abs=1e-12)
+    assert loss.item() == pytest.approx(own.item(), abs=1e-12)
     for name, gradient in gradients(module, own).items():
         torch.testing.assert_close(found[name], gradient, atol=1e-12, rtol=0)
-    assert module.stats.compute()["loss/policy_loss"].item() == pytest.approx(float(own), abs=1e-12)
+    assert module.stats.compute()["loss/policy_loss"].item() == pytest.approx(own.item(), abs=1e-12)
 
 
 def test_a_loss_may_report_numbers_of_any_shape():

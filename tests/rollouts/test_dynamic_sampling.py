@@ -187,7 +187,7 @@ def test_rows_without_weight_do_not_change_the_loss():
     loss = module.training_step(with_filler)
     found = gradients(module, loss)
 
-    assert float(loss) == pytest.approx(float(expected_loss), abs=1e-12)
+    assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-12)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-10, rtol=0)
 
