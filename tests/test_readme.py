@@ -1,0 +1,63 @@
+"""The README's metrics table names what runs log, no more and no less."""
+
+import re
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lit_rlhf import DAPO, GRPO, SFT
+from lit_rlhf.data import ArithmeticData
+from lit_rlhf.types import SamplingConfig
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+class Names(DummyLogger):
+    """Keeps the names of what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def log_metrics(self, metrics, step=None):
+        self.names |= set(metrics)
+
+
+def logged(module):
+    logger = Names()
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=2,
+        accelerator="cpu",
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=ArithmeticData(held_out=8))
+    return logger.names
+
+
+def documented():
+    names = set()
+    for row in re.findall(r"^\| (`\w+/.*?) \|", README, flags=re.MULTILINE):
+        base = None
+        for name in re.findall(r"`([^`]+)`", row):
+            if name.startswith("_"):  # `a/b_mean`, `_max` stands for a/b_max; `a/b`, `_max` for a/b_max
+                known = re.sub(r"_(mean|greedy)$", "", base)
+                names.add(known + name)
+            else:
+                base = name
+                names.add(name)
+    return names
+
+
+@pytest.mark.slow
+def test_the_metrics_table_is_what_runs_log():
+    sampling = SamplingConfig(max_new_tokens=8)
+    small = {"prompts_per_rollout": 4, "group_size": 2, "kl_coef": 0.1, "entropy_coef": 0.01, "sampling": sampling}
+    found = logged(DAPO(**small)) | logged(GRPO(**small)) | logged(SFT(batch_size=4, sampling=sampling))
+    assert documented() == found
