@@ -72,12 +72,14 @@ def _run(cfg: DictConfig) -> None:
             if type(plain[key]) is not kind:
                 raise InputError(f"{key!r} must be {kind.__name__}, got {plain[key]!r}")
         check_config(plain)
-        metrics, _ = train(cfg)
+        metrics, built = train(cfg)
     except Exception as error:
         sentence = _input_error(error)
         if sentence is None:
             raise
         _fail(sentence)
+    if not built["trainer"].is_global_zero:
+        return
     for name in sorted(name for name in metrics if name.startswith("val/")):
         print(f"{name}: {metrics[name]:.3f}")
     if "wandb" in sys.modules:
@@ -115,7 +117,12 @@ def _import_plugin(name: str) -> None:
 def _quiet() -> None:
     """Leave the terminal to what the user has to read."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*in eval mode at the start of training.*", ".*isinstance.treespec.*", ".*is not empty.*"):
+    for message in (
+        ".*in eval mode at the start of training.*",
+        ".*isinstance.treespec.*",
+        ".*is not empty.*",
+        ".*across ranks is zero.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -20,6 +20,7 @@ from lit_rlhf.models.scoring import Scores
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss
 from lit_rlhf.rollouts.dynamic_sampling import informative
 from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, Row, permutation
+from lit_rlhf.rollouts.sampler import NO_REWARDS
 from lit_rlhf.types import Experience, PromptBatch, ScoredRollout
 
 GROUP_ESTIMATORS = ("group_normalize", "rloo")  # meaningless with one sample per prompt
@@ -317,6 +318,8 @@ class OnPolicyModule(RLHFModule):
 
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> RolloutLoader:
         """The lazy view of the rollouts. The prompts are those of pass 0 over the data, shuffled for ever."""
+        if self.rewards is None:
+            raise InputError(NO_REWARDS)
         if self.prompts_per_rollout % self.world_size:
             raise InputError(
                 f"algo.prompts_per_rollout={self.prompts_per_rollout} does not divide over {self.world_size} "

@@ -15,6 +15,8 @@ from lit_rlhf.rollouts.engines import RolloutEngine, TransformersEngine
 from lit_rlhf.rollouts.random import mix_seed
 from lit_rlhf.types import PromptBatch, Rollout, SamplingConfig, ScoredRollout
 
+NO_REWARDS = "no reward function: give reward_funcs=[...] (on the command line reward.funcs=[my_file.my_function])"
+
 
 @torch.no_grad()
 def sample_and_score(
@@ -39,7 +41,7 @@ def sample_and_score(
         InputError: there is no reward function, or one returned something that is no reward.
     """
     if rewards is None:
-        raise InputError("no reward function: give reward_funcs=[...] (on the command line reward.funcs=[...])")
+        raise InputError(NO_REWARDS)
     rollout = engine.generate(prompts.prompt_ids, sampling, [mix_seed(*seed, i) for i in prompts.index])
     total, parts = _score(rewards, tokenizer, prompts, rollout, sampling.group_size)
     group_ids = torch.tensor(prompts.index, device=total.device).repeat_interleave(sampling.group_size)
