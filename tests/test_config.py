@@ -1,0 +1,360 @@
+"""The yaml files, and the checks of a command line that are made before anything heavy is imported."""
+
+import importlib
+import inspect
+import sys
+import typing
+from functools import cache
+
+import pytest
+from omegaconf import OmegaConf
+
+from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
+from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
+from lit_rlhf.config import check_config, conf_dir, nearest, prepare_arguments, signature_of
+from lit_rlhf.errors import InputError
+from lit_rlhf.train import _top_level
+from tests.runs import config_of
+
+YAML = sorted(conf_dir().rglob("*.yaml"))
+GROUPS = sorted({(file.parent.name, file.stem) for file in YAML if file.parent != conf_dir()})
+ALGORITHMS = [name for group, name in GROUPS if group == "algo"]
+
+
+def plain(config):
+    return OmegaConf.to_container(config, resolve=False)
+
+
+def prepared(*arguments):
+    return prepare_arguments(arguments, _top_level())
+
+
+def refused(check, *arguments):
+    with pytest.raises(InputError) as caught:
+        check(*arguments)
+    return str(caught.value)
+
+
+def nodes(value, path=""):
+    """Every node with a `_target_`, by path."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield path, value
+        for key, child in value.items():
+            yield from nodes(child, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            yield from nodes(child, f"{path}[{i}]")
+
+
+def target_of(path):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def real_keywords(target):
+    """The keywords that Python itself would accept, `Unpack[...]` followed; None where they have no end."""
+    function = target.__init__ if isinstance(target, type) else target
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name == "self":
+            continue
+        if parameter.kind is parameter.VAR_KEYWORD:
+            typed = typing.get_args(typing.get_type_hints(function)[name])
+            if not typed:
+                return None, found
+            found |= dict.fromkeys(typing.get_type_hints(typed[0]))
+        else:
+            found[name] = parameter
+    return set(found), found
+
+
+# the signatures that keys are compared with
+
+
+TARGETS = sorted({node["_target_"] for file in YAML for _, node in nodes(plain(OmegaConf.load(file)))})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_signatures_are_read_from_the_source_as_python_has_them(target):
+    signature = signature_of(target)
+    if signature is None:
+        assert target_of(target).__init__ is object.__init__, "only what has no constructor may go unread"
+        return
+    real, known = real_keywords(target_of(target))
+    assert signature.open == (real is None)
+    assert set(signature.parameters) == set(known if real is None else real)
+
+
+def test_targets_are_the_ones_expected():
+    assert len(TARGETS) >= 13, "the search for targets has gone blind"
+    assert {"lit_rlhf.algorithms.grpo.GRPO", "lightning.pytorch.trainer.trainer.Trainer"} <= set(TARGETS)
+
+
+@pytest.mark.parametrize(("module", "arguments"), [(RLHFModule, ModuleArgs), (OnPolicyModule, OnPolicyArgs)])
+def test_the_arguments_passed_on_are_those_of_the_constructor(module, arguments):
+    """A name in one and not in the other would be refused or ignored."""
+    constructor = set(inspect.signature(module.__init__).parameters) - {"self", "module"}
+    named_by_every_algorithm = {"lr", "loss_agg"} if module is OnPolicyModule else {"lr"}
+    set_by_the_family = {"reference"} if module is RLHFModule else set()
+    inherited = set(arguments.__bases__ and getattr(arguments, "__annotations__", {}))
+    own = inherited - (set(ModuleArgs.__annotations__) if module is OnPolicyModule else set())
+    assert own - {"lr"} == constructor - named_by_every_algorithm - set_by_the_family
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_known_key_of_an_algorithm_is_accepted_by_its_constructor(name):
+    """Not only by signature: the constructor is called with all of them."""
+    from tests.helpers import NumberTokenizer, sum_of_ids, tiny_model
+
+    target = OmegaConf.load(conf_dir() / "algo" / f"{name}.yaml")["_target_"]
+    defaults = {}
+    for base in reversed(target_of(target).__mro__):
+        if issubclass(base, RLHFModule):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            defaults |= {p.name: p.default for p in parameters if p.default is not p.empty}
+    keys = set(signature_of(target).parameters)
+    assert keys == set(defaults) - {"reference"} - (set() if "loss_agg" in keys else {"loss_agg"})
+    given = {key: defaults[key] for key in keys}
+    given |= {"policy": tiny_model(), "tokenizer": NumberTokenizer(), "reward_funcs": [sum_of_ids]}
+    target_of(target)(**given)
+
+
+def write(folder, monkeypatch, **files):
+    for name, text in files.items():
+        folder.joinpath(f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_a_users_classes_are_read_without_importing_them(tmp_path, monkeypatch):
+    write(
+        tmp_path,
+        monkeypatch,
+        their_module="""
+raise RuntimeError("imported")
+from dataclasses import dataclass
+from lit_rlhf import DAPO
+from lit_rlhf.algorithms.on_policy import OnPolicyArgs
+class Inherits(DAPO):
+    pass
+class Adds(DAPO):
+    def __init__(self, *, strength: float = 1.0, **rest: Unpack[OnPolicyArgs]): ...
+class TakesAll(DAPO):
+    def __init__(self, *, strength: float = 1.0, **rest): ...
+@dataclass(frozen=True)
+class Base:
+    first: int
+@dataclass
+class Settings(Base):
+    second: str = "x"
+def function(a, b=2, /, c: int = 3, *, d=4): ...
+""",
+        their_other="from their_module import Settings as Renamed\nimport os",
+    )
+    dapo = set(signature_of("lit_rlhf.algorithms.dapo.DAPO").parameters)
+    assert "max_rounds" in dapo
+    assert set(signature_of("their_module.Inherits").parameters) == dapo
+    assert set(signature_of("their_module.Adds").parameters) == {"strength", *OnPolicyArgs.__annotations__}
+    takes_all = signature_of("their_module.TakesAll")
+    assert (takes_all.open, set(takes_all.parameters)) == (True, {"strength"})
+    for path in ("their_module.Settings", "their_other.Renamed"):
+        assert list(signature_of(path).parameters) == ["first", "second"]
+    assert set(signature_of("their_module.function").parameters) == {"a", "b", "c", "d"}
+    assert signature_of("their_module.nothing") is None
+    assert signature_of("no_such_module.Thing") is None
+    assert "their_module" not in sys.modules
+
+
+# the yaml files
+
+
+@pytest.mark.parametrize(("group", "name"), GROUPS)
+def test_every_yaml_composes_and_its_keys_exist(group, name):
+    if (group, name) in {("data", "file"), ("model", "pretrained")}:
+        config = config_of(f"{group}.path=somewhere")
+        assert config[group].path == "somewhere"
+    else:
+        config = config_of(f"{group}={name}")
+    check_config(plain(config))
+    for path, node in nodes(plain(config)):  # check_config leaves lists alone
+        signature = signature_of(node["_target_"])
+        unknown = set(node) - {"_target_"} - set(signature.parameters if signature else ())
+        assert not unknown or signature.open, (path, unknown)
+
+
+def test_defaults_live_in_signatures_and_not_in_yaml():
+    """A value in a yaml file that equals the default of the signature says nothing."""
+    for file in (file for file in YAML if file.parent.name in ("algo", "data", "rollout", "reward", "trainer")):
+        for path, node in nodes(plain(OmegaConf.load(file))):
+            parameters = inspect.signature(target_of(node["_target_"])).parameters
+            for key in set(node) & set(parameters):
+                default = parameters[key].default
+                assert type(default) is not type(node[key]) or default != node[key], (file.name, path, key)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithms_yaml_is_short(name):
+    assert len((conf_dir() / "algo" / f"{name}.yaml").read_text().splitlines()) <= 15
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_default_run_shows_at_most_60_values(name):
+    def leaves(value):
+        children = value.values() if isinstance(value, dict) else value
+        return sum(map(leaves, children)) if isinstance(value, (dict, list)) else 1
+
+    assert 20 < leaves(plain(config_of(f"algo={name}"))) <= 60
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo"])
+def test_the_built_in_model_brings_its_preset_and_the_command_line_wins(name):
+    preset = OmegaConf.load(conf_dir() / "preset" / f"tiny_{name}.yaml")
+    assert config_of(f"algo={name}").trainer.max_epochs == preset.trainer.max_epochs
+    assert config_of(f"algo={name}", "trainer.max_epochs=7").trainer.max_epochs == 7
+    assert config_of(f"algo={name}", "algo.group_size=3").algo.group_size == 3
+    other = config_of(f"algo={name}", "model.path=somewhere")
+    assert other.trainer.max_epochs != preset.trainer.max_epochs
+    assert set(other.algo) == {"_target_"}
+
+
+def test_the_configuration_lies_in_the_checkout_or_in_the_package():
+    assert (conf_dir() / "train.yaml").is_file()
+    assert {"algo", "data", "model", "reward", "rollout", "trainer"} <= {d.name for d in conf_dir().iterdir()}
+
+
+# what becomes of a command line
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["algo.group_size=3"], ["++algo.group_size=3"]),
+        (["seed=3", "algo=dapo"], ["seed=3", "algo=dapo"]),
+        (["data.path=x.jsonl"], ["data=file", "++data.path=x.jsonl"]),
+        (["data=arithmetic", "data.path=x"], ["data=arithmetic", "++data.path=x"]),
+        (["model.path=m", "data.path=d"], ["data=file", "model=pretrained", "++model.path=m", "++data.path=d"]),
+        (["-m", "algo=grpo,dapo", "algo.lr=1e-5,1e-4"], ["-m", "algo=grpo,dapo", "++algo.lr=1e-5,1e-4"]),
+        (["reward.funcs=[a.b, c.d]", "data.path='a=b, c.jsonl'"], None),
+        (["rollout.stop=['=','\\n']"], ["++rollout.stop=['=','\\n']"]),
+        (["+algo.foo=1", "++algo.bar=2", "~trainer.plugins"], ["+algo.foo=1", "++algo.bar=2", "~trainer.plugins"]),
+        (["hydra.run.dir=x", "--cfg", "job", "-c", "job"], ["hydra.run.dir=x", "--cfg", "job", "-c", "job"]),
+        (["debug=null", "experiment=tiny_base"], ["debug=null", "experiment=tiny_base"]),
+    ],
+)
+def test_a_command_line_becomes_hydras(given, expected):
+    expected = expected or ["data=file", "++reward.funcs=[a.b, c.d]", "++data.path='a=b, c.jsonl'"]
+    assert prepared(*given) == expected
+
+
+def test_values_arrive_as_they_were_given():
+    config = config_of("reward.funcs=[a.b, c.d]", "data.path='a=b, c.jsonl'", "rollout.stop=['=']", "algo.lr=3e-4")
+    assert list(config.reward.funcs) == ["a.b", "c.d"]
+    assert (config.data.path, list(config.rollout.stop), config.algo.lr) == ("a=b, c.jsonl", ["="], 3e-4)
+    check_config(plain(config))
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("algo=dapoo", "unknown choice algo=dapoo; did you mean 'dapo'?"),
+        ("algo=xyzxyz", "unknown choice algo=xyzxyz; known: dapo, grpo, sft"),
+        ("algo=grpo,dappo", "unknown choice algo=dappo; did you mean 'dapo'?"),
+        ("algo=grpo,dapo", "algo=grpo,dapo are several runs; add -m to start one after the other"),
+        ("data=", "unknown choice data=; known: arithmetic, file"),
+        ("trainr.max_epochs=3", "unknown key 'trainr.max_epochs'; did you mean 'trainer'?"),
+        ("+trainr.max_epochs=3", "unknown key '+trainr.max_epochs'; did you mean 'trainer'?"),
+        ("sed=3", "unknown key 'sed'; did you mean 'seed'?"),
+        ("seed", "'seed' is no assignment; write seed=VALUE"),
+    ],
+)
+def test_unknown_groups_choices_and_keys_are_refused(argument, sentence):
+    assert refused(prepared, argument) == sentence
+
+
+def test_the_nearest_name_is_offered_or_all_of_them():
+    assert nearest("group_sise", ["lr", "group_size"]) == "; did you mean 'group_size'?"
+    assert nearest("zzz", ["lr", "group_size"]) == "; known: group_size, lr"
+
+
+# keys and values against the signatures
+
+
+@cache
+def default_config():
+    config = config_of()
+    OmegaConf.set_struct(config, False)
+    return config
+
+
+def with_values(*assignments):
+    return plain(OmegaConf.merge(default_config(), OmegaConf.from_dotlist(list(assignments))))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("algo.groupsize=3", "unknown key 'algo.groupsize'; did you mean 'group_size'?"),
+        ("model.paht=x", "unknown key 'model.paht'; did you mean 'path'?"),
+        ("data.dificulty=1", "unknown key 'data.dificulty'; did you mean 'difficulty'?"),
+        ("reward.func=[a.b]", "unknown key 'reward.func'; did you mean 'funcs'?"),
+        ("rollout.temprature=1", "unknown key 'rollout.temprature'; did you mean 'temperature'?"),
+        ("trainer.max_epoch=1", "unknown key 'trainer.max_epoch'; did you mean 'max_epochs'?"),
+        ("callbacks.chekpoint.dirpath=x", "unknown key 'callbacks.chekpoint'; did you mean 'checkpoint'?"),
+        ("callbacks.export.foldr=x", "unknown key 'callbacks.export.foldr'; did you mean 'folder'?"),
+        ("logger.wanbd.project=x", "unknown key 'logger.wanbd'; did you mean 'wandb'?"),
+        ("logger.csv.savedir=x", "unknown key 'logger.csv.savedir'; did you mean 'save_dir'?"),
+        ("algo.clip_ratio_lo=1", "unknown key 'algo.clip_ratio_lo'; did you mean 'clip_ratio_low'?"),
+        ("algo.group_size=abc", "'algo.group_size' must be int, got 'abc'"),
+        ("algo.group_size=4.5", "'algo.group_size' must be int, got 4.5"),
+        ("algo.group_size=true", "'algo.group_size' must be int, got True"),
+        ("algo.minibatches=[2]", "'algo.minibatches' must be int, got [2]"),
+        ("algo.kl_coef=high", "'algo.kl_coef' must be float, got 'high'"),
+        ("algo.mask_truncated=1", "'algo.mask_truncated' must be bool, got 1"),
+        ("rollout.top_p=true", "'rollout.top_p' must be float, got True"),
+        ("data.train_size=many", "'data.train_size' must be int, got 'many'"),
+    ],
+)
+def test_bad_keys_and_values_are_refused_with_a_sentence(override, sentence):
+    assert refused(check_config, with_values(override)) == sentence
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "algo.kl_coef=1",  # an int is a float
+        "data.train_size=null",  # int | None
+        "trainer.max_epochs=null",  # Optional[int]
+        "trainer.devices=auto",  # list[int] | str | int: not a simple type
+        "algo.betas=[0.9,0.99]",
+        "algo.advantage_estimator=rloo",
+        "data.held_out=${seed}",  # known only when it is resolved
+        "logger.wandb.tags=[a]",  # wandb_logger passes on what it does not know
+        "callbacks.progress=null",
+    ],
+)
+def test_good_values_are_accepted(override):
+    check_config(with_values(override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["+algo.groupsize=3"], "unknown key 'algo.groupsize'; did you mean 'group_size'?"),  # Hydra would let it pass
+        (["data=file"], "'data.path' is missing; give data.path=..."),
+        (["model=pretrained"], "'model.path' is missing; give model.path=..."),
+    ],
+)
+def test_what_hydra_lets_pass_is_refused(overrides, sentence):
+    assert refused(check_config, plain(config_of(*overrides))) == sentence
+
+
+def test_the_keys_of_an_algorithm_are_its_own():
+    targets = {name: f"algo._target_=lit_rlhf.algorithms.{name}.{name.upper()}" for name in ALGORITHMS}
+    check_config(with_values(targets["dapo"], "algo.max_rounds=2"))
+    sentence = refused(check_config, with_values(targets["grpo"], "algo.max_rounds=2"))
+    assert sentence.startswith("unknown key 'algo.max_rounds'; ")
+    assert refused(check_config, with_values(targets["sft"], "algo.group_size=8")).startswith(
+        "unknown key 'algo.group_size'; "
+    )
+    sentence = refused(check_config, with_values("algo._target_=lit_rlhf.DAPO", "algo.max_round=2"))
+    assert sentence == "unknown key 'algo.max_round'; did you mean 'max_rounds'?"
