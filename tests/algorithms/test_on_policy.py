@@ -376,6 +376,8 @@ def test_samples_belong_to_their_prompt_and_the_seed():
     one = module.collect(second).trim()
     rows = together[4:8].trim()
     assert (one.response_ids == rows.response_ids).all()
+    twice = module.collect(type(batch)([[5, 6]] * 2, {"prompt": ["5 6"] * 2}, [0, 1]))
+    assert (twice.response_ids[:4] != twice.response_ids[4:]).any(), "one prompt met again is sampled afresh"
     module.seed = 1
     assert (module.collect(prompts(3)).trim().response_ids.shape != together.trim().response_ids.shape) or (
         module.collect(prompts(3)).response_ids != together.response_ids
