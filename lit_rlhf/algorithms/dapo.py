@@ -69,11 +69,11 @@ class DAPO(OnPolicyModule):
 
     def gather(self, prompts: PromptBatch) -> ScoredRollout:
         """Replace groups that teach nothing by samples of further prompts (eq. 11)."""
-        rollout = self.sample(prompts)
+        rollout = self.sample_recorded(prompts)
         if not self.dynamic_sampling:
             return rollout
         rounds = self.max_rounds if self.prompts is not None else 1
-        more = lambda count: self.sample(self.draw_prompts(count))  # noqa: E731
+        more = lambda count: self.sample_recorded(self.draw_prompts(count))  # noqa: E731
         filled = refill(rollout, self.loop.carried, more, len(prompts), self.group_size, rounds)
         self.loop.carried = filled.surplus
         self.stats.update(

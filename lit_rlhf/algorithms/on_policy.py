@@ -159,12 +159,17 @@ class OnPolicyModule(RLHFModule):
         kept = {f.name: getattr(rollout, f.name) for f in fields(rollout)} | {"response_mask": mask}
         self._record_rollout(rollout)
         self.clock["rollout"] += time.perf_counter() - started
-        self.clock["tokens"] += float(rollout.lengths.sum())
         return Experience(**kept, advantages=advantages, returns=returns)
 
     def gather(self, prompts: PromptBatch) -> ScoredRollout:
         """The samples of one rollout: those of `prompts`. Dynamic sampling replaces some of them."""
-        return self.sample(prompts)
+        return self.sample_recorded(prompts)
+
+    def sample_recorded(self, prompts: PromptBatch) -> ScoredRollout:
+        """`sample`, counted in the rollout's metrics."""
+        sampled = self.sample(prompts)
+        self._record_samples(sampled)
+        return sampled
 
     def score_rollout(self, rollout: ScoredRollout) -> ScoredRollout:
         """Add the log-probs at the start of the update phase, and the reference's.
@@ -262,19 +267,25 @@ class OnPolicyModule(RLHFModule):
             found["kl_divergence"] = kl_estimate(new, batch.ref_logprobs, "k3")
         self.stats.update({f"stability/{name}": (value, mask) for name, value in found.items()})
 
-    def _record_rollout(self, rollout: ScoredRollout) -> None:
-        rewards, counts = rollout.rewards, rollout.response_mask.any(1)  # filler rows count as nothing
+    def _record_samples(self, sampled: ScoredRollout) -> None:
+        """All that was sampled, also what dynamic sampling then leaves out."""
+        self.clock["tokens"] += float(sampled.lengths.sum())
         found = {
-            "reward/reward": rollout.raw_rewards,
-            "reward/shaped_reward": rewards
-            if rewards.ndim == 1
-            else zero_outside(rewards, rollout.response_mask).sum(1),
-            "reward/zero_std_fraction": (~informative(rollout)).float(),
-            "rollout/response_length": rollout.lengths.float(),
-            "rollout/truncated_fraction": rollout.truncated.float(),
-            "rollout/staleness": (self.loop.iteration - rollout.version).float(),
+            "reward/reward": sampled.raw_rewards,
+            "reward/zero_std_fraction": (~informative(sampled)).float(),
+            "rollout/response_length": sampled.lengths.float(),
+            "rollout/truncated_fraction": sampled.truncated.float(),
+            **{f"reward/{name}": right for name, right in self.accuracy(sampled).items()},
         }
-        found |= {f"reward/{name}": right for name, right in self.accuracy(rollout).items()}
+        self.stats.update({name: (value, ~value.isnan()) for name, value in found.items()})
+
+    def _record_rollout(self, rollout: ScoredRollout) -> None:
+        """What is trained on; filler rows count as nothing."""
+        shaped = rollout.rewards
+        if shaped.ndim == 2:
+            shaped = zero_outside(shaped, rollout.response_mask).sum(1)
+        found = {"reward/shaped_reward": shaped, "rollout/staleness": (self.loop.iteration - rollout.version).float()}
+        counts = rollout.response_mask.any(1)
         self.stats.update({name: (value, counts & ~value.isnan()) for name, value in found.items()})
 
     def on_train_epoch_end(self) -> None:

@@ -227,7 +227,7 @@ def test_dapo_fills_its_batch_and_counts_what_it_took():
     assert stats["rollout/filler_fraction"] == 0
 
 
-def test_dapo_counts_its_filler_rows_and_nothing_else_does():
+def test_dapo_counts_its_filler_rows_and_reports_the_rewards_of_all_it_sampled():
     module, rewards = dapo(good={3, 4}, max_rounds=2)
     (experience,) = RolloutLoader(module)
     stats = module.stats.compute()
@@ -236,9 +236,11 @@ def test_dapo_counts_its_filler_rows_and_nothing_else_does():
     assert experience.group_ids[weighs].unique().tolist() == [1, 2]
     assert weighs.sum() == 4
     assert stats["rollout/filler_fraction"] == 0.5
-    assert stats["rollout/response_length"] == experience.lengths[weighs].double().mean()
-    assert stats["reward/reward_mean"] == 0.5
-    assert stats["reward/zero_std_fraction"] == 0
+    # two rounds of 4 groups of 2: the two good groups have rewards 0 and 1, the other six 1 and 1
+    assert stats["reward/reward_mean"] == 14 / 16
+    assert stats["reward/zero_std_fraction"] == 12 / 16
+    assert stats["reward/shaped_reward_mean"] == 0.5  # of what is trained on
+    assert stats["rollout/staleness"] == 0
     assert (experience.step_rows, experience.step_tokens) == (4, experience.lengths.sum())
 
 
