@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -13,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
+import lit_rlhf
 from lit_rlhf.config import conf_dir, prepare_arguments
 from lit_rlhf.train import _top_level, main
 
@@ -57,7 +59,8 @@ def new_process(*arguments, cwd, command=("-m", "lit_rlhf.train"), **environment
 
 
 def fork(*arguments, cwd):
-    """Run the command in a fork of this process, which has paid for the imports."""
+    """Run the command in a fork of this process, which pays for the imports once."""
+    _import_everything()
     out, err = Path(cwd, ".out"), Path(cwd, ".err")
     process = multiprocessing.get_context("fork").Process(target=_forked, args=(arguments, cwd, out, err))
     process.start()
@@ -66,6 +69,16 @@ def fork(*arguments, cwd):
         process.kill()
         raise TimeoutError(err.read_text())
     return Finished(process.exitcode, out.read_text(), err.read_text())
+
+
+@cache
+def _import_everything():
+    from lit_rlhf.data.modules import ArithmeticData
+    from lit_rlhf.models.loading import load_causal_lm, load_tokenizer
+
+    for name in set(lit_rlhf.__all__):
+        getattr(lit_rlhf, name)
+    load_causal_lm(), load_tokenizer(), ArithmeticData()
 
 
 def _forked(arguments, cwd, out, err):

@@ -10,10 +10,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
+from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 from lit_rlhf.config import check_config, conf_dir, nearest, prepare_arguments, signature_of
 from lit_rlhf.errors import InputError
 from lit_rlhf.train import _top_level
+from tests.helpers import NumberTokenizer, build, sum_of_ids, tiny_model
 from tests.runs import config_of
 
 YAML = sorted(conf_dir().rglob("*.yaml"))
@@ -105,8 +107,6 @@ def test_the_arguments_passed_on_are_those_of_the_constructor(module, arguments)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_known_key_of_an_algorithm_is_accepted_by_its_constructor(name):
     """Not only by signature: the constructor is called with all of them."""
-    from tests.helpers import NumberTokenizer, sum_of_ids, tiny_model
-
     target = OmegaConf.load(conf_dir() / "algo" / f"{name}.yaml")["_target_"]
     defaults = {}
     for base in reversed(target_of(target).__mro__):
@@ -358,3 +358,16 @@ def test_the_keys_of_an_algorithm_are_its_own():
     )
     sentence = refused(check_config, with_values("algo._target_=lit_rlhf.DAPO", "algo.max_round=2"))
     assert sentence == "unknown key 'algo.max_round'; did you mean 'max_rounds'?"
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ({"loss_agg": "tokens"}, "algo.loss_agg must be one of token-mean, seq-mean-token-mean, "),
+        ({"kl_estimator": "k9"}, "algo.kl_estimator must be one of k1, k2, k3, got 'k9'"),
+        ({"scale_rewards": "yes"}, "algo.scale_rewards must be one of std, none, batch, got 'yes'"),
+        ({"lr_schedule": "flat"}, "algo.lr_schedule must be one of constant, linear, cosine, got 'flat'"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_before_anything_is_sampled(argument, sentence):
+    assert refused(lambda: build(GRPO, **argument)).startswith(sentence)
