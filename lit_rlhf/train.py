@@ -29,6 +29,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         The last metrics that callbacks can monitor, and the objects by name.
     """
     import transformers
+    import torch
     from lightning.pytorch import seed_everything
 
     from lit_rlhf.models.wrapper import tokenizer_for
@@ -38,6 +39,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     for plugin in cfg.plugins:
         _import_plugin(plugin)
     seed_everything(cfg.seed, verbose=False)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     data = instantiate(cfg.data)
     policy = instantiate(cfg.model)
     tokenizer = cfg.tokenizer if isinstance(cfg.tokenizer, str) else instantiate(cfg.tokenizer)
@@ -95,6 +98,7 @@ def main() -> None:
     except InputError as error:
         _fail(str(error))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin are ten times slower on a busy core
     try:
         _run()
     except SystemExit as stop:  # Hydra exits with 1 where it cannot read the command line
