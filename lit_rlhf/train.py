@@ -28,8 +28,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     Returns:
         The last metrics that callbacks can monitor, and the objects by name.
     """
-    import transformers
     import torch
+    import transformers
     from lightning.pytorch import seed_everything
 
     from lit_rlhf.models.wrapper import tokenizer_for
@@ -71,8 +71,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 def _run(cfg: DictConfig) -> None:
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=False)
-        for key, kind in (("seed", int), ("validate_first", bool), ("plugins", list)):
-            if type(plain[key]) is not kind:
+        for key, kind in (("seed", int), ("validate_first", bool), ("plugins", list), ("threads", int)):
+            if type(plain[key]) is not kind and not (key == "threads" and plain[key] is None):
                 raise InputError(f"{key!r} must be {kind.__name__}, got {plain[key]!r}")
         check_config(plain)
         metrics, built = train(cfg)
