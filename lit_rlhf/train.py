@@ -22,6 +22,9 @@ from lit_rlhf.config import check_config, conf_dir, prepare_arguments
 from lit_rlhf.errors import InputError
 
 
+_TOP_LEVEL_KINDS = {"seed": (int,), "validate_first": (bool,), "plugins": (list,), "threads": (int, type(None))}
+
+
 def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     """Build everything that `cfg` describes and fit.
 
@@ -71,9 +74,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 def _run(cfg: DictConfig) -> None:
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=False)
-        for key, kind in (("seed", int), ("validate_first", bool), ("plugins", list), ("threads", int)):
-            if type(plain[key]) is not kind and not (key == "threads" and plain[key] is None):
-                raise InputError(f"{key!r} must be {kind.__name__}, got {plain[key]!r}")
+        for key, kinds in _TOP_LEVEL_KINDS.items():
+            if type(plain[key]) not in kinds:
+                raise InputError(f"{key!r} must be {' or '.join(k.__name__ for k in kinds)}, got {plain[key]!r}")
         check_config(plain)
         metrics, built = train(cfg)
     except Exception as error:
