@@ -10,6 +10,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_rlhf.errors import InputError
 
+_HANDED_OVER = ".temp.ckpt"  # bare weights, in which Lightning's forked or spawned ranks return what they have learnt
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write to a temporary name and rename: a file with a checkpoint's name is a whole checkpoint."""
@@ -34,7 +36,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             raise InputError(f"ckpt_path: {path} is not a readable checkpoint ({type(error).__name__})") from error
-        if not isinstance(loaded, dict) or "lit_rlhf" not in loaded:
+        ours = isinstance(loaded, dict) and "lit_rlhf" in loaded
+        if not ours and Path(path).name != _HANDED_OVER:
             raise InputError(
                 f"ckpt_path: {path} is not a checkpoint of lit_rlhf; give one of the run folder's checkpoints/"
             )

@@ -21,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 from lit_rlhf.config import check_config, conf_dir, prepare_arguments
 from lit_rlhf.errors import InputError
 
-
 _TOP_LEVEL_KINDS = {"seed": (int,), "validate_first": (bool,), "plugins": (list,), "threads": (int, type(None))}
 
 
@@ -129,6 +128,7 @@ def _quiet() -> None:
         ".*isinstance.treespec.*",
         ".*is not empty.*",
         ".*across ranks is zero.*",
+        ".*sync_dist=True.*",  # what is logged has been reduced over the ranks already
     ):
         warnings.filterwarnings("ignore", message=message)
 
