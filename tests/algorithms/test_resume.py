@@ -46,13 +46,13 @@ def checkpointed(folder, **when):
     return ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **when)
 
 
-def fit(name, accumulate=1, seed=0, ckpt_path=None, callbacks=(), rollouts=ROLLOUTS):
+def fit(name, accumulate=1, seed=0, ckpt_path=None, callbacks=(), devices=1):
     """A run; `seed` decides the weights it begins with, before a checkpoint replaces them."""
     algorithm, arguments = SETTINGS[name]
     optimisation = {"lr": 1e-2, "lr_schedule": "linear", "warmup_steps": 2, "seed": 7, "reward_funcs": [first_is_even]}
     module = build(algorithm, tiny_model(seed=seed), **{**optimisation, **arguments})
     saving = {"callbacks": list(callbacks), "enable_checkpointing": bool(callbacks), "plugins": [AtomicCheckpointIO()]}
-    fitter = trainer(accumulate=accumulate, epochs=rollouts, gradient_clip_val=1.0, **saving)
+    fitter = trainer(devices, accumulate, ROLLOUTS, gradient_clip_val=1.0, **saving)
     fitter.fit(module, datamodule=RowsDataModule(rows()), ckpt_path=ckpt_path)
     return module, fitter
 
@@ -122,6 +122,15 @@ def test_the_runs_compared_do_depend_on_where_they_begin(uninterrupted):
     _, expected = uninterrupted("dapo", 1)
     other = everything(*fit("dapo", seed=1))
     assert not any(torch.equal(other["weights"][name], w) for name, w in expected["weights"].items() if w.ndim > 1)
+
+
+def test_two_ranks_resume_each_with_their_own_rollout(tmp_path):
+    whole, _ = fit("dapo", devices=2, callbacks=[checkpointed(tmp_path, every_n_train_steps=1)])
+    within = tmp_path / f"epoch=1-step={STEPS + 1}.ckpt"
+    first, second = (loop["experience"] for loop in torch.load(within, weights_only=True)["lit_rlhf"]["loop"])
+    assert not torch.equal(first["group_ids"], second["group_ids"])
+    resumed, _ = fit("dapo", devices=2, seed=1, ckpt_path=within)
+    assert_same(resumed.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
