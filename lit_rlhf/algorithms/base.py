@@ -132,10 +132,9 @@ class RLHFModule(LightningModule):
         sampling = sampling or self.sampling
         return sample_and_score(self.engine, self.tokenizer, self.rewards, prompts, sampling, self.seed, stage)
 
-    def accuracy(self, rollout: ScoredRollout) -> dict[str, Tensor]:
-        """`{"accuracy": [N]}`, 1 for a right completion, if one of the reward functions is a verifier."""
-        right = self.rewards.accuracy(rollout.reward_parts) if self.rewards is not None else None
-        return {} if right is None else {"accuracy": right}
+    def accuracy(self, rollout: ScoredRollout) -> Tensor | None:
+        """`[N]`, 1 for a right completion and 0 for a wrong one; None if no reward function is a verifier."""
+        return self.rewards.accuracy(rollout.reward_parts) if self.rewards is not None else None
 
     # -- loss scaling (one batch = any micro-batch split = any number of ranks) --------------------------------------
 
@@ -243,11 +242,10 @@ class RLHFModule(LightningModule):
         samples["sampled"] = replace(self.sampling, group_size=self.validation_samples)
         for kind, sampling in samples.items():
             rollout = self.sample(prompts, sampling, stage=_VALIDATION)
-            found = {
-                "reward": rollout.raw_rewards,
-                "response_length": rollout.lengths.float(),
-                **self.accuracy(rollout),
-            }
+            found = {"reward": rollout.raw_rewards, "response_length": rollout.lengths.float()}
+            right = self.accuracy(rollout)
+            if right is not None:
+                found["accuracy"] = right
             self.validation_stats.update({f"val/{k}_{kind}": (v, ~v.isnan()) for k, v in found.items()})
 
     def on_validation_epoch_end(self) -> None:

@@ -13,12 +13,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation, ModuleArgs, RLHFModule
+from lit_rlhf.algorithms.on_policy_stats import ON_POLICY_STATS, rollout_stats, sample_stats, update_stats
 from lit_rlhf.errors import InputError, check_choice
-from lit_rlhf.functional import approx_kl, kl_estimate
-from lit_rlhf.functional.masked import zero_outside
+from lit_rlhf.functional import kl_estimate
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss
-from lit_rlhf.rollouts.dynamic_sampling import informative
 from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, Row, permutation
 from lit_rlhf.rollouts.sampler import NO_REWARDS
 from lit_rlhf.types import Experience, PromptBatch, ScoredRollout
@@ -73,23 +72,7 @@ class OnPolicyModule(RLHFModule):
     policy_loss: Any = "clip"
     hyper_parameters: ClassVar[tuple[str, ...]] = ()  # the subclass's own, offered by name to estimator and loss
     progress_keys = ("reward/reward_mean", "reward/accuracy", "stability/entropy")
-    stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **{f"loss/{n}": ("value",) for n in ("loss", "policy_loss", "kl_loss", "entropy_loss")},
-        **{
-            f"stability/{n}": ("value",)
-            for n in ("entropy", "approx_kl", "approx_kl_k1", "kl_divergence", "grad_norm", "ratio_out_of_range")
-        },
-        **{f"stability/{n}": ("value",) for n in ("clip_fraction", "clip_fraction_low", "clip_fraction_high")},
-        "stability/ratio": ("mean", "max", "min"),
-        "stability/advantage": ("mean", "std"),
-        "reward/reward": ("mean", "std"),
-        "reward/shaped_reward": ("mean",),
-        "reward/accuracy": ("value",),
-        "reward/zero_std_fraction": ("value",),
-        "rollout/response_length": ("value", "max"),
-        "rollout/truncated_fraction": ("value",),
-        "rollout/staleness": ("value", "max"),
-    }
+    stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = ON_POLICY_STATS
 
     def __init__(
         self,
@@ -157,7 +140,7 @@ class OnPolicyModule(RLHFModule):
         advantages, returns = self.compute_advantages(rollout)
         mask = rollout.response_mask & ~(rollout.truncated.unsqueeze(1) & self.mask_truncated)
         kept = {f.name: getattr(rollout, f.name) for f in fields(rollout)} | {"response_mask": mask}
-        self._record_rollout(rollout)
+        self.stats.update(rollout_stats(rollout, self.loop.iteration))
         self.clock["rollout"] += time.perf_counter() - started
         return Experience(**kept, advantages=advantages, returns=returns)
 
@@ -168,7 +151,8 @@ class OnPolicyModule(RLHFModule):
     def sample_recorded(self, prompts: PromptBatch) -> ScoredRollout:
         """`sample`, counted in the rollout's metrics."""
         sampled = self.sample(prompts)
-        self._record_samples(sampled)
+        self.stats.update(sample_stats(sampled, self.accuracy(sampled)))
+        self.clock["tokens"] += float(sampled.lengths.sum())
         return sampled
 
     def score_rollout(self, rollout: ScoredRollout) -> ScoredRollout:
@@ -216,7 +200,7 @@ class OnPolicyModule(RLHFModule):
         started = time.perf_counter()
         scores = self.models.score(batch, temperature=self.sampling.temperature, entropy=True)
         loss = self.total_loss(self.compute_loss(scores, batch))
-        self._record_update(scores, batch)
+        self.stats.update(update_stats(scores, batch))
         self.clock["update"] -= started
         return loss
 
@@ -252,41 +236,6 @@ class OnPolicyModule(RLHFModule):
         return terms
 
     # -- metrics ---------------------------------------------------------------------------------------------------
-
-    def _record_update(self, scores: Scores, batch: Experience) -> None:
-        mask, new, old = batch.response_mask, scores.logprobs.detach(), batch.old_logprobs
-        found = {
-            "approx_kl": approx_kl(new, old, "k3"),
-            "approx_kl_k1": approx_kl(new, old, "k1"),
-            "ratio": (new - old).clamp(-20, 20).exp(),
-            "advantage": batch.advantages,
-        }
-        if scores.entropy is not None:
-            found["entropy"] = scores.entropy.detach()
-        if batch.ref_logprobs is not None:
-            found["kl_divergence"] = kl_estimate(new, batch.ref_logprobs, "k3")
-        self.stats.update({f"stability/{name}": (value, mask) for name, value in found.items()})
-
-    def _record_samples(self, sampled: ScoredRollout) -> None:
-        """All that was sampled, also what dynamic sampling then leaves out."""
-        self.clock["tokens"] += float(sampled.lengths.sum())
-        found = {
-            "reward/reward": sampled.raw_rewards,
-            "reward/zero_std_fraction": (~informative(sampled)).float(),
-            "rollout/response_length": sampled.lengths.float(),
-            "rollout/truncated_fraction": sampled.truncated.float(),
-            **{f"reward/{name}": right for name, right in self.accuracy(sampled).items()},
-        }
-        self.stats.update({name: (value, ~value.isnan()) for name, value in found.items()})
-
-    def _record_rollout(self, rollout: ScoredRollout) -> None:
-        """What is trained on; filler rows count as nothing."""
-        shaped = rollout.rewards
-        if shaped.ndim == 2:
-            shaped = zero_outside(shaped, rollout.response_mask).sum(1)
-        found = {"reward/shaped_reward": shaped, "rollout/staleness": (self.loop.iteration - rollout.version).float()}
-        counts = rollout.response_mask.any(1)
-        self.stats.update({name: (value, counts & ~value.isnan()) for name, value in found.items()})
 
     def on_train_epoch_end(self) -> None:
         """Log the rollout's metrics, with the time it took."""
