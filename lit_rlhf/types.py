@@ -171,6 +171,16 @@ class Experience(ScoredRollout):
     step_tokens: Tensor | None = None  # []
     step_rows: Tensor | None = None  # []
 
+    def with_signal(self) -> Experience:
+        """The rows with an advantage other than 0, or the first row where there is none.
+
+        The rows left out have policy gradient exactly 0. They stay in the step's counts, so the gradient of
+        what remains is the gradient of all.
+        """
+        signal = ((self.advantages != 0) & self.response_mask).any(1)
+        first = torch.arange(len(signal), device=signal.device) == 0
+        return self[signal | (first & ~signal.any())].trim()
+
 
 def pad_left(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
     """Left-pad token lists. Returns ids `[N, P]` int64 and mask `[N, P]` bool."""

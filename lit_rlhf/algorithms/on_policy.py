@@ -43,6 +43,7 @@ class OnPolicyArgs(ModuleArgs, total=False):
     kl_estimator: str
     entropy_coef: float
     mask_truncated: bool
+    skip_zero_advantage: bool
 
 
 class OnPolicyModule(RLHFModule):
@@ -65,6 +66,10 @@ class OnPolicyModule(RLHFModule):
         entropy_coef: weight of the entropy bonus.
         mask_truncated: leave completions that were cut off at `max_new_tokens` out of the loss; their rewards
             still count in the group.
+        skip_zero_advantage: leave completions of advantage 0, those of groups with equal rewards, out of the
+            forward and backward pass. The gradient is the same, since every built-in loss is proportional to the
+            advantage; the `stability/` metrics then describe the completions that remain. Not with a KL or
+            entropy term, which act on all.
         **module: the arguments of `RLHFModule`.
     """
 
@@ -89,6 +94,7 @@ class OnPolicyModule(RLHFModule):
         kl_estimator: str = "k3",
         entropy_coef: float = 0.0,
         mask_truncated: bool = False,
+        skip_zero_advantage: bool = False,
         **module: Unpack[ModuleArgs],
     ) -> None:
         super().__init__(**module, lr=lr, reference=kl_coef != 0)
@@ -102,6 +108,7 @@ class OnPolicyModule(RLHFModule):
         self.minibatches, self.update_epochs = minibatches, update_epochs
         self.loss_agg, self.kl_coef, self.kl_estimator = loss_agg, kl_coef, kl_estimator
         self.entropy_coef, self.mask_truncated = entropy_coef, mask_truncated
+        self.skip_zero_advantage = skip_zero_advantage
         self.sampling = replace(self.sampling, group_size=group_size)
         self._check_arguments()
         self.prompts: PromptStream | None = None
@@ -117,6 +124,11 @@ class OnPolicyModule(RLHFModule):
             raise InputError(
                 f"algo.group_size=1: {type(self).__name__} compares the samples of one prompt with each other "
                 f"and needs at least 2; 8 is a good start"
+            )
+        if self.skip_zero_advantage and (self.kl_coef or self.entropy_coef):
+            raise InputError(
+                f"algo.skip_zero_advantage=true leaves completions out that algo.kl_coef={self.kl_coef} and "
+                f"algo.entropy_coef={self.entropy_coef} act on; set both to 0 or skip_zero_advantage to false"
             )
         if self.sampling.temperature == 0:
             raise InputError("rollout.temperature=0 samples greedily and nothing can be learnt from it; use 1.0")

@@ -65,7 +65,8 @@ class RolloutLoader:
         if state.experience is None:
             state.experience = module.collect(module.draw_prompts(module.prompts_per_rank))
         experience = state.experience
-        yield from _micro_batches(module, module.minibatch_plan(), lambda rows: experience[rows].trim())
+        for batch in _micro_batches(module, module.minibatch_plan(), lambda rows: experience[rows].trim()):
+            yield batch.with_signal() if module.skip_zero_advantage else batch
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the state is the module's. Its presence tells Lightning that the loader can resume."""

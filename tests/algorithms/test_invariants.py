@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.sft import SFT
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.types import Experience, SamplingConfig, ScoredRollout
 from tests.helpers import (
@@ -177,6 +179,37 @@ def test_any_split_of_demonstrations_gives_the_same_gradient(parts):
 
     assert found_loss == pytest.approx(loss, abs=1e-12)
     assert_gradients_equal(found, expected)
+
+
+@pytest.mark.parametrize("loss_agg", AGGREGATIONS)
+@pytest.mark.parametrize("policy_loss", ["clip", "gspo", "cispo"])
+def test_rows_without_an_advantage_can_be_left_out_of_the_update(policy_loss, loss_agg):
+    module, batch = setting(GRPO, kl_coef=0, entropy_coef=0, policy_loss=policy_loss, loss_agg=loss_agg)
+    idle = torch.tensor([True, False, True, False, False, True])
+    advantages = torch.where(idle.unsqueeze(1), 0.0, batch.advantages)
+    tokens, rows = batch.response_mask.sum(), batch.response_mask.any(1).sum()
+    batch = replace(batch, advantages=advantages, step_tokens=tokens, step_rows=rows)
+    loss, expected, _ = loss_gradients_stats(module, batch)
+
+    short = batch.with_signal()
+    assert len(short) == 3
+    found_loss, found, _ = loss_gradients_stats(module, short)
+
+    assert found_loss == pytest.approx(loss, abs=1e-12)
+    assert_gradients_equal(found, expected)
+
+
+def test_a_batch_without_any_advantage_keeps_a_row_whose_gradient_is_zero():
+    module, batch = setting(GRPO, kl_coef=0, entropy_coef=0)
+    short = replace(batch, advantages=batch.advantages.new_zeros(batch.advantages.shape)).with_signal()
+    assert len(short) == 1
+    assert all((g == 0).all() for g in gradients(module, module.training_step(short)).values())
+
+
+@pytest.mark.parametrize("term", ["kl_coef", "entropy_coef"])
+def test_no_row_is_left_out_of_a_term_that_acts_on_all(term):
+    with pytest.raises(InputError, match=r"skip_zero_advantage=true leaves completions out"):
+        build(GRPO, skip_zero_advantage=True, **{term: 0.1})
 
 
 @pytest.mark.parametrize("algorithm", [*ON_POLICY, SFT])

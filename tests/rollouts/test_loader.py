@@ -370,3 +370,31 @@ def test_the_loop_state_survives_as_plain_tensors():
     assert all((getattr(back.experience, n) == x).all() for n, x in plain["experience"].items() if x is not None)
     back.finish_iteration()
     assert (back.iteration, back.position, back.experience) == (4, 0, None)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_fit_that_skips_rows_without_advantage_ends_at_the_same_weights(accumulate):
+    def fit(skip):
+        module = build(
+            watched(GRPO),
+            tiny_model().double(),
+            engine=RecordingEngine(),
+            reward_funcs=[parity],
+            skip_zero_advantage=skip,
+            group_size=2,
+            prompts_per_rollout=8,
+            minibatches=2,
+            sampling=SHORT,
+            lr=1e-3,
+        )
+        module.seen, module.published = [], []
+        trainer(epochs=3, accumulate=accumulate).fit(module, datamodule=RowsDataModule(prompt_rows(40)))
+        return module
+
+    whole, skipping = fit(False), fit(True)
+    trained = [sum(len(batch) for _, batch, *_ in module.seen) for module in (whole, skipping)]
+    assert trained[1] < trained[0] == 3 * 16
+    start = tiny_model().double().state_dict()
+    for name, weight in whole.models.policy.state_dict().items():
+        assert not torch.equal(weight, start[name]) or "norm" in name or "rotary" in name
+        torch.testing.assert_close(skipping.models.policy.state_dict()[name], weight, atol=1e-9, rtol=1e-7)
