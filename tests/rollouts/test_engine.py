@@ -14,6 +14,8 @@ from transformers import (
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -541,3 +543,15 @@ def test_a_pad_token_outside_the_vocabulary_is_named():
 def test_weights_come_first():
     with pytest.raises(InputError, match="no weights to sample from: call update_weights"):
         TransformersEngine((EOS,), PAD).generate([[5]], SamplingConfig(4), 0)
+
+
+def test_a_model_without_a_key_value_cache_is_refused():
+    model = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4))
+    with pytest.raises(InputError, match="^MambaForCausalLM takes no past_key_values"):
+        engine_for(model).generate(PROMPTS, SamplingConfig(4), 0)
+
+
+def test_a_compiled_model_samples_as_it_did_before():
+    model = build("qwen2")
+    before = engine_for(model).generate(PROMPTS, SamplingConfig(4), 0)
+    assert_same(engine_for(torch.compile(model, backend="eager")).generate(PROMPTS, SamplingConfig(4), 0), before)

@@ -33,7 +33,8 @@ class RolloutEngine(Protocol):
 
         Raises:
             InputError: no prompts, an empty prompt, a prompt that does not fit the model, a token id
-                outside the vocabulary, a wrong number of seeds, or no weights yet.
+                outside the vocabulary, a wrong number of seeds, no weights yet, or a model that the
+                engine cannot sample from.
         """
         ...
 

@@ -162,8 +162,15 @@ class _Forward:
         self.length = ids.shape[1]  # columns in the cache, padding included
         self.attention = torch.cat([mask.long(), mask.new_ones((len(ids), steps), dtype=torch.long)], 1)
         self.position = mask.sum(1, keepdim=True)  # [n, 1] of the next token
+        bare = getattr(model, "_orig_mod", model)  # of torch.compile
+        base = getattr(bare, "get_base_model", lambda: bare)()  # of PEFT
+        named = inspect.signature(base.forward).parameters
+        if "past_key_values" not in named:  # its **kwargs would swallow the cache: every token sampled from one alone
+            raise InputError(
+                f"{type(base).__name__} takes no past_key_values, so that it cannot be sampled from here; use a model "
+                "with a key-value cache, or give the algorithm an engine of your own"
+            )
         self.cache = new_cache(model.config, capacity=self.length + steps - 1, preallocate=preallocate)
-        named = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
         self.takes_position, self.takes_logits_to_keep = "position_ids" in named, "logits_to_keep" in named
 
     def prefill(self, repeats: int) -> Tensor:
