@@ -113,7 +113,9 @@ def disable_dropout(model: nn.Module) -> nn.Module:
 
 def max_positions(model: nn.Module) -> int | None:
     """The longest sequence that the model can read, or `None` where its configuration does not say."""
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
 
 
 def _from_pretrained(auto: Any, path: str | Path, **kwargs: Any) -> Any:

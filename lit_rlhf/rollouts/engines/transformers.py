@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.loading import max_positions
 from lit_rlhf.rollouts.engines.cache import new_cache
 from lit_rlhf.rollouts.random import mix_seed, uniforms
 from lit_rlhf.types import Rollout, SamplingConfig, pad_left
@@ -90,7 +91,7 @@ class TransformersEngine:
             raise InputError(f"prompt {empty[0]} is empty: every prompt needs at least one token")
         ids, mask = pad_left(prompt_ids, self.pad_token_id)
         longest, vocabulary = ids.shape[1], self.model.get_input_embeddings().num_embeddings
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = max_positions(self.model)
         if limit is not None and longest + new_tokens > limit:
             raise InputError(
                 f"a prompt of {longest} tokens with max_new_tokens={new_tokens} exceeds the model's limit of {limit} "
