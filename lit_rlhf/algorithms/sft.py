@@ -15,8 +15,10 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
 from lit_rlhf.data.collate import collate_completions
+from lit_rlhf.data.rows import Row, encode_completion
 from lit_rlhf.errors import InputError
-from lit_rlhf.rollouts.loader import PassLoader, Row
+from lit_rlhf.models.loading import max_positions
+from lit_rlhf.rollouts.loader import PassLoader
 from lit_rlhf.types import CompletionBatch
 
 
@@ -41,6 +43,16 @@ class SFT(RLHFModule):
         if batch_size < 1:
             raise InputError(f"algo.batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
+
+    @property
+    def row_limit(self) -> int | None:
+        """Most tokens that a demonstration may have; None where the model's configuration does not say."""
+        return max_positions(self.models.policy)
+
+    def row_length(self, row: Row) -> int:
+        """Tokens of a demonstration: its prompt, its completion and EOS."""
+        completion = encode_completion(self.tokenizer, str(row.get("completion", "")), self.tokenizer.eos_token_id)
+        return len(self.encode_prompt(row["prompt"])) + len(completion)
 
     def training_step(self, batch: CompletionBatch, batch_idx: int = 0) -> Tensor:
         """One micro-batch's share of the step's mean negative log-likelihood."""

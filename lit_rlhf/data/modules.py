@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,21 @@ from lit_rlhf.data.rows import Row, read_rows
 from lit_rlhf.data.tasks import arithmetic_splits, demonstrations
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards import exact_match, final_number, numeric_answer
+
+
+@dataclass(frozen=True)
+class _Room:
+    """How long a row may be, how that is measured, and the words for it."""
+
+    limit: int | None  # tokens
+    length: Callable[[Row], int]
+    what: str
+    context: str
+    advice: str
+
+
+def _most_tokens(row: Row) -> int:
+    return sum(len(text.encode()) for text in (row["prompt"], row.get("completion")) if isinstance(text, str)) + 4
 
 
 class RowsDataModule(LightningDataModule):
@@ -25,7 +41,7 @@ class RowsDataModule(LightningDataModule):
         held_out_rows: the same; they never occur in training. May be empty.
         reward_funcs: used where the algorithm was given none.
         validation_batch_size: prompts per validation batch.
-        drop_long_prompts: leave out prompts that the model cannot read instead of stopping; their number is told.
+        drop_long_prompts: leave out rows that the model cannot read instead of stopping; their number is told.
     """
 
     def __init__(
@@ -50,29 +66,42 @@ class RowsDataModule(LightningDataModule):
         return self.trainer.lightning_module  # type: ignore[union-attr]
 
     def setup(self, stage: str) -> None:
-        """Look for prompts that do not fit the model, before anything is sampled."""
-        self.train_rows = self._fitting(self.train_rows, "training")
-        self.held_out_rows = self._fitting(self.held_out_rows, "held-out")
+        """Look for rows that do not fit the model, before anything is sampled or trained on."""
+        module = self._module
+        room = _Room(
+            module.prompt_limit,
+            lambda row: len(module.encode_prompt(row["prompt"])),
+            "prompts",
+            "the model's context less rollout.max_new_tokens leaves",
+            "shorten them, lower rollout.max_new_tokens",
+        )
+        if module.rewards is not None or self.reward_funcs:  # else nothing is sampled in validation
+            self.held_out_rows = self._fitting("held-out", self.held_out_rows, self.held_out_rows, room)
+        if hasattr(module, "row_length"):  # it trains on the rows and not on rollouts of their prompts
+            context = "the model's context is"
+            room = _Room(module.row_limit, module.row_length, "rows with completion and EOS", context, "shorten them")
+            self.train_rows = self._fitting("training", self.train_rows, self.rows_of(0), room)
+        else:
+            self.train_rows = self._fitting("training", self.train_rows, self.train_rows, room)
 
-    def _fitting(self, rows: list[Row], which: str) -> list[Row]:
-        limit, encode = self._module.prompt_limit, self._module.encode_prompt
-        if limit is None:
+    def _fitting(self, which: str, rows: list[Row], measured: Sequence[Row], room: _Room) -> list[Row]:
+        """The rows whose counterpart in `measured` fits."""
+        if (limit := room.limit) is None:
             return rows
-        # A token is a byte at least: most prompts are seen to fit without encoding them.
-        suspects = [i for i, row in enumerate(rows) if len(row["prompt"].encode()) + 2 > limit]
-        lengths = {i: len(encode(rows[i]["prompt"])) for i in suspects}
+        # A token is a byte at least: most rows are seen to fit without encoding them.
+        suspects = [i for i, row in enumerate(measured) if _most_tokens(row) > limit]
+        lengths = {i: room.length(measured[i]) for i in suspects}
         long = {i: length for i, length in lengths.items() if length > limit}
         if long and not self.drop_long_prompts:
-            worst = max(long, key=lambda i: long[i])
             raise InputError(
-                f"{len(long)} of {len(rows)} {which} prompts do not fit the model: the longest has {long[worst]} "
-                f"tokens, and the model's context less rollout.max_new_tokens leaves {limit}; shorten them, lower "
-                f"rollout.max_new_tokens, or leave them out with data.drop_long_prompts=true"
+                f"{len(long)} of {len(rows)} {which} {room.what} do not fit the model: the longest has "
+                f"{max(long.values())} tokens, and {room.context} {limit}; {room.advice}, or leave them out "
+                f"with data.drop_long_prompts=true"
             )
         if len(long) == len(rows) and rows:
-            raise InputError(f"none of the {len(rows)} {which} prompts fits the model's context; use another model")
+            raise InputError(f"none of the {len(rows)} {which} {room.what} fits the model's context; use another model")
         if long:
-            print(f"left out {len(long)} of {len(rows)} {which} prompts, longer than {limit} tokens")
+            print(f"left out {len(long)} of {len(rows)} {which} {room.what}, longer than {limit} tokens")
         return [row for i, row in enumerate(rows) if i not in long]
 
     def train_dataloader(self) -> Any:
@@ -127,7 +156,7 @@ class FileData(RowsDataModule):
         held_out: rows for validation, taken from the end of the file; by default a tenth, at most 256.
         validation_path: a file of its own for validation; then `held_out` takes nothing from `path`.
         validation_batch_size: prompts per validation batch.
-        drop_long_prompts: leave out prompts that the model cannot read instead of stopping; their number is told.
+        drop_long_prompts: leave out rows that the model cannot read instead of stopping; their number is told.
     """
 
     def __init__(
