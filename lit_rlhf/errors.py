@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 
@@ -17,3 +18,13 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise an `InputError` unless `value` is one of `choices`."""
     if value not in (known := list(choices)):
         raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_number(name: str, value: float, *, at_least: float | None = None, above: float | None = None) -> None:
+    """Raise an `InputError` unless `value` is finite and not too small."""
+    if not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, got {value}")
+    if at_least is not None and value < at_least:
+        raise InputError(f"{name} must be at least {at_least}, got {value}")
+    if above is not None and value <= above:
+        raise InputError(f"{name} must be above {above}, got {value}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -97,7 +97,8 @@ def call_with_named(fn: Callable[..., Any], *args: Any, **available: Any) -> Any
     for name, parameter in named.items():
         if parameter.default is parameter.empty and available.get(name) is None:
             title = getattr(fn, "__name__", type(fn).__name__)
-            raise InputError(f"{title} needs {name!r}, which is not there; available: {_listed(available)}")
+            there = [k for k, v in available.items() if v is not None]
+            raise InputError(f"{title} needs {name!r}, which is not there; available: {_listed(there)}")
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     return fn(*args, **{k: v for k, v in available.items() if k in named or (takes_all and k not in bound)})
 
@@ -128,7 +129,7 @@ def _look_up(table: dict[str, _Fn], what: str, name: str | _Fn) -> _Fn:
     raise InputError(f"unknown {what} {name!r}: did you mean {near[0]!r}? registered: {_listed(table)}")
 
 
-def _listed(names: dict[str, Any]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 

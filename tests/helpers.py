@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -162,9 +163,16 @@ def assert_gradients_equal(found, expected, atol=1e-10):
 
 
 def pretend_trainer(module, accumulate=1, world_size=1, rank=0):
-    """Give the module the three numbers it reads off a trainer."""
+    """Give the module what it reads off a trainer."""
     module._trainer = SimpleNamespace(
-        world_size=world_size, global_rank=rank, accumulate_grad_batches=accumulate, max_steps=-1, max_epochs=None
+        world_size=world_size,
+        global_rank=rank,
+        accumulate_grad_batches=accumulate,
+        max_steps=-1,
+        max_epochs=None,
+        limit_train_batches=1.0,
+        precision="32-true",
+        precision_plugin=Precision(),
     )
     return module
 

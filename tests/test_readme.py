@@ -29,7 +29,7 @@ def logged(module):
     logger = Names()
     trainer = Trainer(
         max_epochs=1,
-        limit_train_batches=2,
+        max_steps=2,
         accelerator="cpu",
         logger=logger,
         enable_checkpointing=False,

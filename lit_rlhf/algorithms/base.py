@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, lr_factor, recommended_lr
 from lit_rlhf.data.rows import encode_prompt
-from lit_rlhf.errors import InputError, check_choice
+from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import MaskedStats
 from lit_rlhf.models.loading import max_positions
@@ -23,7 +23,7 @@ from lit_rlhf.rewards import RewardFunctions, reward_functions
 from lit_rlhf.rollouts.engines import RolloutEngine
 from lit_rlhf.rollouts.loader import PromptLoader, Row, step_counts
 from lit_rlhf.rollouts.sampler import default_engine, sample_and_score
-from lit_rlhf.rollouts.state import LoopState
+from lit_rlhf.rollouts.state import LoopState, check_resumable, check_same_model, rewind_to_step
 from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, SamplingConfig, ScoredRollout
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -38,7 +38,7 @@ class ModuleArgs(TypedDict, total=False):
     tokenizer: Any
     reward_funcs: RewardFunctions | Sequence[RewardFunction | str] | None
     reward_weights: Sequence[float] | None
-    sampling: SamplingConfig | None
+    sampling: SamplingConfig | Mapping[str, Any] | None
     engine: RolloutEngine | None
     lr_schedule: Schedule
     warmup_steps: int
@@ -56,7 +56,7 @@ class RLHFModule(LightningModule):
         tokenizer: its tokenizer, or the name or path of one; by default the policy's own.
         reward_funcs: functions in TRL's signature, or their import paths. Without any, the data module's own.
         reward_weights: one weight per function; 1 each by default.
-        sampling: how completions are sampled, in training and in validation.
+        sampling: how completions are sampled, in training and in validation; a mapping of its arguments will do.
         engine: what samples; by default the policy itself, in process.
         lr: AdamW's peak learning rate; by default `recommended_lr` of the policy's size.
         lr_schedule: after the warm-up, constant, or linear or cosine to 0 at the end of the run.
@@ -77,7 +77,7 @@ class RLHFModule(LightningModule):
         tokenizer: Any = None,
         reward_funcs: RewardFunctions | Sequence[RewardFunction | str] | None = None,
         reward_weights: Sequence[float] | None = None,
-        sampling: SamplingConfig | None = None,
+        sampling: SamplingConfig | Mapping[str, Any] | None = None,
         engine: RolloutEngine | None = None,
         lr: float | None = None,
         lr_schedule: Schedule = "constant",
@@ -89,8 +89,12 @@ class RLHFModule(LightningModule):
         reference: bool = False,
     ) -> None:
         super().__init__()
-        if lr is not None and not lr > 0:
-            raise InputError(f"algo.lr must be above 0, got {lr}")
+        check_number("algo.lr", 1.0 if lr is None else lr, above=0)
+        check_number("algo.warmup_steps", warmup_steps, at_least=0)
+        check_number("algo.weight_decay", weight_decay, at_least=0)
+        check_number("algo.validation_samples", validation_samples, at_least=1)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise InputError(f"algo.betas must be two numbers from 0 to below 1, got {list(betas)}")
         check_choice("algo.lr_schedule", lr_schedule, DECAY)
         self.tokenizer = tokenizer_for(policy, tokenizer)
         self.models = PolicyReferenceValue(policy, reference=reference)
@@ -98,7 +102,7 @@ class RLHFModule(LightningModule):
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.weight_decay, self.betas = weight_decay, (betas[0], betas[1])
         self.validation_samples, self.seed = validation_samples, seed
-        self.sampling = sampling or SamplingConfig()
+        self.sampling = SamplingConfig(**sampling) if isinstance(sampling, Mapping) else sampling or SamplingConfig()
         self.rewards = reward_functions(reward_funcs, reward_weights)
         self.engine = engine or default_engine(self.models.policy, self.tokenizer, self.sampling.stop)
         self.loop = LoopState()
@@ -204,15 +208,14 @@ class RLHFModule(LightningModule):
 
     @property
     def total_steps(self) -> int | None:
-        """Optimiser steps of the whole run, from the trainer's `max_steps` or `max_epochs`; None when endless."""
+        """Optimiser steps of the whole run, by whichever of `max_steps` and `max_epochs` ends it; None when endless."""
         trainer = self._trainer
         if trainer is None or trainer.train_dataloader is None:
             return None
-        if trainer.max_steps > 0:
-            return trainer.max_steps
-        if trainer.max_epochs is None or trainer.max_epochs < 0:
-            return None
-        return -(-len(trainer.train_dataloader) // self.accumulate) * trainer.max_epochs
+        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            limits.append(-(-int(trainer.num_training_batches) // self.accumulate) * trainer.max_epochs)
+        return min(limits) if limits else None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the gradient's norm, before clipping."""
@@ -250,6 +253,9 @@ class RLHFModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics; `val/accuracy_sampled` and its kin can be monitored by callbacks."""
+        if self.trainer.sanity_checking:
+            self.validation_stats.reset()
+            return
         self.publish(self.validation_stats)
         self.validated_at = self.global_step
 
@@ -271,34 +277,34 @@ class RLHFModule(LightningModule):
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
+    @property
+    def run_shape(self) -> dict[str, Any]:
+        """The settings that the loop's position depends on, by their key on the command line."""
+        return {"seed": self.seed, "trainer.accumulate_grad_batches": self.accumulate}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save every rank's loop state; called on all ranks."""
-        states: list[Any] = [self.loop.to_plain()]
+        """Save every rank's loop state and half-summed metrics; called on all ranks."""
+        own = {"loop": self.loop.to_plain(), "stats": dict(self.stats.metric_state)}
+        ranks: list[Any] = [own]
         if dist.is_available() and dist.is_initialized():
-            states = [None] * self.world_size
-            dist.all_gather_object(states, self.loop.to_plain())
-        checkpoint["lit_rlhf"] = {"algorithm": type(self).__name__, "loop": states}
+            ranks = [None] * self.world_size
+            dist.all_gather_object(ranks, own)
+        checkpoint["lit_rlhf"] = {"algorithm": type(self).__name__, "shape": self.run_shape, "ranks": ranks}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore this rank's loop state.
+        """Restore this rank's loop state and metrics.
 
         Raises:
-            InputError: the checkpoint is not ours, is another algorithm's or another world size's.
+            InputError: the checkpoint cannot be continued from here, see `check_resumable`.
         """
         saved = checkpoint.get("lit_rlhf")
-        if saved is None:
-            raise InputError("ckpt_path: not a checkpoint of lit_rlhf; give one of the run folder's checkpoints/")
-        if saved["algorithm"] != type(self).__name__:
-            raise InputError(
-                f"ckpt_path: a checkpoint of {saved['algorithm']} cannot continue as {type(self).__name__}; "
-                f"choose the same algorithm, or load its exported model/ with model.path"
-            )
-        if len(saved["loop"]) != self.world_size:
-            raise InputError(
-                f"ckpt_path: saved by {len(saved['loop'])} processes, now there are {self.world_size}; "
-                f"resume with the same number of devices"
-            )
-        self.loop = LoopState.from_plain(saved["loop"][self.rank])
+        check_resumable(saved, type(self).__name__, self.run_shape, self.world_size)
+        check_same_model(checkpoint["state_dict"], self.state_dict())
+        own = checkpoint["lit_rlhf"]["ranks"][self.rank]
+        self.loop = LoopState.from_plain(own["loop"])
+        rewind_to_step(self.loop, checkpoint, self.accumulate)
+        for name, value in own["stats"].items():
+            setattr(self.stats, name, value.to(self.device))
 
 
 _VALIDATION_NAMES = [

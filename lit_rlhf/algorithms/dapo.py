@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.functional import overlong_penalty
 from lit_rlhf.rollouts.dynamic_sampling import refill
 from lit_rlhf.types import PromptBatch, ScoredRollout
@@ -61,6 +61,9 @@ class DAPO(OnPolicyModule):
         self.clip_ratio_low, self.clip_ratio_high = clip_ratio_low, clip_ratio_high
         self.dynamic_sampling, self.max_rounds, self.overlong_buffer = dynamic_sampling, max_rounds, overlong_buffer
         super().__init__(loss_agg=loss_agg, **on_policy)
+        check_number("algo.clip_ratio_low", clip_ratio_low, at_least=0)
+        check_number("algo.clip_ratio_high", clip_ratio_high, at_least=0)
+        check_number("algo.max_rounds", max_rounds, at_least=1)
         if not 0 <= overlong_buffer < self.sampling.max_new_tokens:
             raise InputError(
                 f"algo.overlong_buffer={overlong_buffer} must lie between 0 and "

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
-from lit_rlhf.errors import check_choice
+from lit_rlhf.errors import InputError, check_choice, check_number
 
 
 class GRPO(OnPolicyModule):
@@ -47,3 +47,11 @@ class GRPO(OnPolicyModule):
         self.clip_ratio_low, self.clip_ratio_high, self.scale_rewards = clip_ratio_low, clip_ratio_high, scale_rewards
         check_choice("algo.scale_rewards", scale_rewards, ("std", "none", "batch"))
         super().__init__(loss_agg=loss_agg, **on_policy)
+        check_number("algo.clip_ratio_low", clip_ratio_low, at_least=0)
+        check_number("algo.clip_ratio_high", clip_ratio_high, at_least=0)
+
+    def setup(self, stage: str) -> None:
+        """Refuse what is not exact over ranks."""
+        super().setup(stage)
+        if self.scale_rewards == "batch" and self.world_size > 1:
+            raise InputError("algo.scale_rewards=batch sees one device's rewards only; use std or none on several")

@@ -5,24 +5,23 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation, ModuleArgs, RLHFModule
+from lit_rlhf.algorithms.on_policy_checks import check_arguments, check_loop
 from lit_rlhf.algorithms.on_policy_stats import ON_POLICY_STATS, rollout_stats, sample_stats, update_stats
-from lit_rlhf.errors import InputError, check_choice
 from lit_rlhf.functional import kl_estimate
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss
 from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, Row, permutation
-from lit_rlhf.rollouts.sampler import NO_REWARDS
 from lit_rlhf.types import Experience, PromptBatch, ScoredRollout
 
-GROUP_ESTIMATORS = ("group_normalize", "rloo")  # meaningless with one sample per prompt
 _SCALAR_LOSS = (
     "the policy loss returns a scalar, which is used as it is: with micro-batches or ranks of unequal lengths their "
     "tokens weigh differently; return [N, T] and algo.loss_agg averages them exactly"
@@ -110,28 +109,9 @@ class OnPolicyModule(RLHFModule):
         self.entropy_coef, self.mask_truncated = entropy_coef, mask_truncated
         self.skip_zero_advantage = skip_zero_advantage
         self.sampling = replace(self.sampling, group_size=group_size)
-        self._check_arguments()
+        check_arguments(self)
         self.prompts: PromptStream | None = None
         self.clock = {"rollout": 0.0, "update": 0.0, "tokens": 0.0}
-
-    def _check_arguments(self) -> None:
-        for name in ("group_size", "prompts_per_rollout", "minibatches", "update_epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"algo.{name} must be at least 1, got {getattr(self, name)}")
-        check_choice("algo.loss_agg", self.loss_agg, get_args(LossAggregation))
-        check_choice("algo.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
-        if self.group_size == 1 and self.advantage_estimator in GROUP_ESTIMATORS:
-            raise InputError(
-                f"algo.group_size=1: {type(self).__name__} compares the samples of one prompt with each other "
-                f"and needs at least 2; 8 is a good start"
-            )
-        if self.skip_zero_advantage and (self.kl_coef or self.entropy_coef):
-            raise InputError(
-                f"algo.skip_zero_advantage=true leaves completions out that algo.kl_coef={self.kl_coef} and "
-                f"algo.entropy_coef={self.entropy_coef} act on; set both to 0 or skip_zero_advantage to false"
-            )
-        if self.sampling.temperature == 0:
-            raise InputError("rollout.temperature=0 samples greedily and nothing can be learnt from it; use 1.0")
 
     # -- the rollout: collect and its hooks -------------------------------------------------------------------------
 
@@ -147,7 +127,8 @@ class OnPolicyModule(RLHFModule):
             and `advantages`. Called by the loader, without gradients.
         """
         started = time.perf_counter()
-        rollout = self.score_rollout(self.gather(prompts))
+        with self._precision():
+            rollout = self.score_rollout(self.gather(prompts))
         rollout = replace(rollout, rewards=self.shape_rewards(rollout))
         advantages, returns = self.compute_advantages(rollout)
         mask = rollout.response_mask & ~(rollout.truncated.unsqueeze(1) & self.mask_truncated)
@@ -170,17 +151,26 @@ class OnPolicyModule(RLHFModule):
     def score_rollout(self, rollout: ScoredRollout) -> ScoredRollout:
         """Add the log-probs at the start of the update phase, and the reference's.
 
-        The sampler's own log-probs are those of the policy: the weights are the same, the distribution is
-        not cut off by top-p or top-k, and both divide by the same temperature in float32. Otherwise the policy
-        scores the rows again. Rows carried over from the rollout before keep the log-probs they were sampled
-        with, so that the ratio corrects for their age.
+        The sampler's own log-probs are those of the policy where the weights are the same, the distribution is
+        not cut off by top-p or top-k, and both compute in float32. Otherwise the policy scores the rows again.
+        Rows that dynamic sampling carried over then keep the log-probs they were sampled with, so that the ratio
+        corrects for their age.
         """
         temperature, old, ref = self.sampling.temperature, rollout.old_logprobs, None
-        if self.sampling.truncates_distribution:
+        if self.sampling.truncates_distribution or not self._full_precision:
             old = self.models.score(rollout, temperature=temperature).logprobs
         if self.models.reference is not None:
             ref = self.models.score_reference(rollout, temperature=temperature).logprobs
         return replace(rollout, old_logprobs=old, ref_logprobs=ref)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """The trainer's autocast: rollouts run outside the steps that Lightning wraps in it."""
+        return self._trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+
+    @property
+    def _full_precision(self) -> bool:
+        weights = next(self.models.policy.parameters()).dtype in (torch.float32, torch.float64)
+        return weights and (self._trainer is None or self._trainer.precision in ("32-true", "64-true"))
 
     def shape_rewards(self, rollout: ScoredRollout) -> Tensor:
         """Hook 1: rewards `[N]` or `[N, T]` from the raw `rollout.rewards` `[N]`."""
@@ -275,6 +265,12 @@ class OnPolicyModule(RLHFModule):
         """Length of the training loader: passes x optimiser steps x micro-batches."""
         return self.update_epochs * self.minibatches * self.accumulate
 
+    @property
+    def run_shape(self) -> dict[str, Any]:
+        """See `RLHFModule.run_shape`."""
+        sizes = ("prompts_per_rollout", "group_size", "minibatches", "update_epochs")
+        return {**super().run_shape, **{f"algo.{name}": getattr(self, name) for name in sizes}}
+
     def draw_prompts(self, count: int) -> PromptBatch:
         """Take the next `count` prompts per rank from the stream."""
         assert self.prompts is not None
@@ -290,19 +286,6 @@ class OnPolicyModule(RLHFModule):
 
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> RolloutLoader:
         """The lazy view of the rollouts. The prompts are those of pass 0 over the data, shuffled for ever."""
-        if self.rewards is None:
-            raise InputError(NO_REWARDS)
-        if self.prompts_per_rollout % self.world_size:
-            raise InputError(
-                f"algo.prompts_per_rollout={self.prompts_per_rollout} does not divide over {self.world_size} "
-                f"devices; make it a multiple of {self.world_size}"
-            )
-        rows, parts = self.prompts_per_rank * self.group_size, self.minibatches * self.accumulate
-        if rows % parts:
-            raise InputError(
-                f"{rows} samples per device (algo.prompts_per_rollout={self.prompts_per_rollout} x algo.group_size="
-                f"{self.group_size} / {self.world_size} devices) do not divide into algo.minibatches="
-                f"{self.minibatches} x trainer.accumulate_grad_batches={self.accumulate} parts; change one of them"
-            )
+        check_loop(self)
         self.prompts = PromptStream(rows_of(0), self.encode_prompt, self.seed)
         return RolloutLoader(self)

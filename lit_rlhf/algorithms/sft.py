@@ -8,7 +8,7 @@ Prompt and padding carry no loss. M counts over all micro-batches and ranks of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -43,6 +43,11 @@ class SFT(RLHFModule):
         if batch_size < 1:
             raise InputError(f"algo.batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
+
+    @property
+    def run_shape(self) -> dict[str, Any]:
+        """See `RLHFModule.run_shape`."""
+        return {**super().run_shape, "algo.batch_size": self.batch_size}
 
     @property
     def row_limit(self) -> int | None:

@@ -61,7 +61,9 @@ class RolloutProgressBar(ProgressBar):
         shown = {k.split("/")[-1]: f"{float(v):.3f}" for k, v in trainer.progress_bar_metrics.items()}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(done - self._bar.n)
-        if self._enabled and not sys.stderr.isatty() and done % max(1, (self._bar.total or 100) // 10) == 0:
+        total = self._bar.total
+        between = done != total and done % max(1, (total or 100) // 10) == 0  # the last line comes with the close
+        if self._enabled and not sys.stderr.isatty() and between:
             self._bar.refresh()
             sys.stderr.write("\n")
 

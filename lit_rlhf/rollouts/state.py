@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Experience, Rollout, ScoredRollout
 
 
@@ -47,3 +49,60 @@ def _to_plain(value: Any) -> Any:
         plain: dict[str, Tensor | None] = {f.name: getattr(value, f.name) for f in fields(value)}
         return plain
     return value
+
+
+def check_resumable(saved: Mapping[str, Any] | None, algorithm: str, shape: Mapping[str, Any], ranks: int) -> None:
+    """Refuse to continue from a checkpoint whose loop cannot go on here.
+
+    Args:
+        saved: what the module left in the checkpoint; None if it left nothing.
+        algorithm: the class's name now.
+        shape: the settings, by their key on the command line, that the position in the loop depends on.
+        ranks: processes now.
+
+    Raises:
+        InputError: another library's checkpoint, another algorithm, other settings, another number of processes.
+    """
+    if saved is None:
+        raise InputError("ckpt_path: not a checkpoint of lit_rlhf; give one of the run folder's checkpoints/")
+    if saved["algorithm"] != algorithm:
+        raise InputError(
+            f"ckpt_path: a checkpoint of {saved['algorithm']} cannot continue as {algorithm}; "
+            f"choose the same algorithm, or load its exported model/ with model.path"
+        )
+    if len(saved["ranks"]) != ranks:
+        raise InputError(
+            f"ckpt_path: saved by {len(saved['ranks'])} processes, now there are {ranks}; "
+            f"resume with the same number of devices"
+        )
+    changed = [f"{k}={saved['shape'].get(k)} (now {v})" for k, v in shape.items() if saved["shape"].get(k) != v]
+    if changed:
+        raise InputError(f"ckpt_path: the run was made with {', '.join(changed)}; resume with the same")
+
+
+def check_same_model(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
+    """Refuse weights of another architecture.
+
+    Raises:
+        InputError: a weight is missing, too many, or of another shape.
+    """
+    other = sorted(saved.keys() ^ now.keys()) or sorted(k for k in now if saved[k].shape != now[k].shape)
+    if other:
+        raise InputError(
+            f"ckpt_path: the checkpoint's models are not those of this run ({len(other)} weights differ, such as "
+            f"{other[0]}); give the same model and the same algo.kl_coef"
+        )
+
+
+def rewind_to_step(state: LoopState, checkpoint: Mapping[str, Any], accumulate: int) -> None:
+    """Go back to the first micro-batch of an optimiser step that a checkpoint interrupts.
+
+    The gradient accumulated so far is in no checkpoint: those micro-batches are taken again, here and in
+    Lightning's own count.
+    """
+    within = state.position % accumulate
+    state.position -= within
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"] if within else {}
+    for counts in (progress.get("current", {}), progress.get("total", {})):
+        for name in counts:
+            counts[name] -= within

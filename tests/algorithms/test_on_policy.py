@@ -7,6 +7,7 @@ import torch
 
 from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.grpo import GRPO
+from lit_rlhf.data.modules import RowsDataModule
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.registry import register_adv_estimator, register_policy_loss
@@ -17,10 +18,12 @@ from tests.helpers import (
     gradients,
     plain_logprobs,
     pretend_trainer,
+    prompt_rows,
     prompts,
     random_experience,
     sum_of_ids,
     tiny_model,
+    trainer,
 )
 
 SHORT = SamplingConfig(max_new_tokens=5)
@@ -394,3 +397,67 @@ def test_entropy_and_kl_are_only_in_the_loss_when_asked_for():
     assert list(terms) == ["policy_loss", "kl_loss", "entropy_loss"]
     assert float(terms["entropy_loss"]) == pytest.approx(-0.1)
     assert isinstance(batch, Experience)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"kl_coef": float("nan")}, "algo.kl_coef must be a finite number"),
+        ({"kl_coef": -1.0}, "algo.kl_coef must be at least 0"),
+        ({"clip_ratio_low": -0.1}, "algo.clip_ratio_low must be at least 0"),
+        ({"clip_ratio_high": -0.1}, "algo.clip_ratio_high must be at least 0"),
+        ({"warmup_steps": -1}, "algo.warmup_steps must be at least 0"),
+        ({"weight_decay": -0.1}, "algo.weight_decay must be at least 0"),
+        ({"lr": 0.0}, "algo.lr must be above 0"),
+        ({"betas": (0.9,)}, "algo.betas must be two numbers"),
+        ({"betas": (0.9, 1.5)}, "algo.betas must be two numbers"),
+        ({"minibatches": 0}, "algo.minibatches must be at least 1"),
+        ({"skip_zero_advantage": True, "policy_loss": lambda old_logp, logp, advantages, mask: (logp, {})}, "proport"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [GRPO, DAPO])
+def test_numbers_that_cannot_be_are_refused_with_a_sentence(algorithm, arguments, sentence):
+    with pytest.raises(InputError) as caught:
+        build(algorithm, **arguments)
+    assert sentence in str(caught.value)
+
+
+def test_dapo_needs_a_round():
+    with pytest.raises(InputError, match=r"algo\.max_rounds must be at least 1"):
+        build(DAPO, max_rounds=0)
+
+
+@pytest.mark.parametrize("arguments", [{"kl_coef": 0.1, "kl_estimator": "k1"}, {"sampling": {"top_p": 0.9}}])
+def test_settings_that_train_something_else_than_they_seem_to_are_warned_of(arguments):
+    with pytest.warns(UserWarning, match=r"algo\.kl_estimator=k1|rollout\.top_p"):
+        build(GRPO, **arguments)
+
+
+def test_a_limit_that_would_cut_rollouts_in_pieces_is_refused():
+    fitter = trainer(limit_train_batches=1)
+    with pytest.raises(InputError, match=r"trainer\.limit_train_batches=1 would cut rollouts in pieces"):
+        fitter.fit(build(GRPO, group_size=2, prompts_per_rollout=2), datamodule=RowsDataModule(prompt_rows(4)))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_at_any_precision_the_ratio_of_a_fresh_sample_is_one(precision):
+    ratios = []
+
+    class Watched(GRPO):
+        def publish(self, stats, extra=None):
+            values = stats.compute()
+            ratios.append((float(values["stability/ratio_min"]), float(values["stability/ratio_max"])))
+            super().publish(stats, extra)
+
+    module = build(Watched, tiny_model(), group_size=2, prompts_per_rollout=8, sampling={"max_new_tokens": 8})
+    trainer(epochs=2, precision=precision).fit(module, datamodule=RowsDataModule(prompt_rows(16)))
+    assert ratios == [(pytest.approx(1, abs=1e-4), pytest.approx(1, abs=1e-4))] * 2
+
+
+def test_the_learning_rate_ends_with_whichever_limit_comes_first():
+    sizes = {"group_size": 2, "prompts_per_rollout": 2, "sampling": {"max_new_tokens": 2}}
+    module = build(GRPO, lr=1e-3, lr_schedule="linear", **sizes)
+    fitter = trainer(epochs=50, max_steps=3)
+    fitter.fit(module, datamodule=RowsDataModule(prompt_rows(8)))
+    assert module.total_steps == fitter.global_step == 3
+    assert fitter.optimizers[0].param_groups[0]["lr"] == 0

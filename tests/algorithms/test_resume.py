@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_rlhf.algorithms.dapo import DAPO
@@ -46,12 +47,13 @@ def checkpointed(folder, **when):
     return ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **when)
 
 
-def fit(name, accumulate=1, seed=0, ckpt_path=None, callbacks=(), devices=1):
+def fit(name, accumulate=1, seed=0, ckpt_path=None, callbacks=(), devices=1, change=()):
     """A run; `seed` decides the weights it begins with, before a checkpoint replaces them."""
     algorithm, arguments = SETTINGS[name]
     optimisation = {"lr": 1e-2, "lr_schedule": "linear", "warmup_steps": 2, "seed": 7, "reward_funcs": [first_is_even]}
-    module = build(algorithm, tiny_model(seed=seed), **{**optimisation, **arguments})
-    saving = {"callbacks": list(callbacks), "enable_checkpointing": bool(callbacks), "plugins": [AtomicCheckpointIO()]}
+    module = build(algorithm, tiny_model(seed=seed), **{**optimisation, **arguments, **dict(change)})
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    saving = {"callbacks": list(callbacks), "enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()]}
     fitter = trainer(devices, accumulate, ROLLOUTS, gradient_clip_val=1.0, **saving)
     fitter.fit(module, datamodule=RowsDataModule(rows()), ckpt_path=ckpt_path)
     return module, fitter
@@ -127,7 +129,7 @@ def test_the_runs_compared_do_depend_on_where_they_begin(uninterrupted):
 def test_two_ranks_resume_each_with_their_own_rollout(tmp_path):
     whole, _ = fit("dapo", devices=2, callbacks=[checkpointed(tmp_path, every_n_train_steps=1)])
     within = tmp_path / f"epoch=1-step={STEPS + 1}.ckpt"
-    first, second = (loop["experience"] for loop in torch.load(within, weights_only=True)["lit_rlhf"]["loop"])
+    first, second = (rank["loop"]["experience"] for rank in torch.load(within, weights_only=True)["lit_rlhf"]["ranks"])
     assert not torch.equal(first["group_ids"], second["group_ids"])
     resumed, _ = fit("dapo", devices=2, seed=1, ckpt_path=within)
     assert_same(resumed.state_dict(), whole.state_dict())
@@ -145,10 +147,50 @@ def test_a_checkpoint_holds_tensors_and_plain_containers_and_nothing_that_runs(u
 
 def test_a_checkpoint_within_a_rollout_holds_the_rollout_and_one_between_does_not(uninterrupted):
     folder, _ = uninterrupted("dapo", 1)
-    loops = {f: torch.load(folder / f, weights_only=True)["lit_rlhf"]["loop"][0] for f in [*WITHIN, *BETWEEN]}
+    loops = {f: torch.load(folder / f, weights_only=True)["lit_rlhf"]["ranks"][0]["loop"] for f in [*WITHIN, *BETWEEN]}
     assert [(loop["iteration"], loop["position"]) for loop in loops.values()] == [(1, 1), (1, 2), (2, 0), (2, 0)]
     assert [loop["experience"] is None for loop in loops.values()] == [False, False, True, True]
     assert all(loop["carried"] is not None for loop in loops.values()), "no group was carried over"
+
+
+class SaveAt(Callback):
+    """Saves by hand after one micro-batch, as a time limit or a user might."""
+
+    def __init__(self, micro_batch, path):
+        self.micro_batch, self.path, self.seen = micro_batch, path, 0
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.seen += 1
+        if self.seen == self.micro_batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.parametrize("extra", [1, 3])
+def test_a_checkpoint_within_an_optimiser_step_goes_back_to_its_beginning(uninterrupted, tmp_path, name, extra):
+    _, expected = uninterrupted(name, 2)
+    path = tmp_path / "odd.ckpt"
+    fit(name, 2, callbacks=[SaveAt(2 * STEPS + extra, path)])
+    loop = torch.load(path, weights_only=True)["lit_rlhf"]["ranks"][0]["loop"]
+    assert loop["position"] == extra, "the checkpoint is not from within a step"
+    assert_same(everything(*fit(name, 2, seed=1, ckpt_path=path)), expected)
+
+
+def test_the_metrics_of_a_rollout_survive_a_stop_in_its_middle(uninterrupted, tmp_path):
+    class Published(SaveAt):
+        def on_train_epoch_start(self, trainer, module):
+            self.rows = getattr(self, "rows", [])
+            publish = module.publish
+            module.publish = lambda stats, extra=None: (
+                self.rows.append({k: float(v) for k, v in stats.compute().items()}) or publish(stats, extra)
+            )
+
+    whole, rest = Published(0, None), Published(0, None)
+    folder, _ = uninterrupted("grpo", 1)
+    fit("grpo", 1, callbacks=[whole])
+    fit("grpo", 1, seed=1, callbacks=[rest], ckpt_path=folder / WITHIN[1])
+    assert "reward/reward_mean" in rest.rows[0]
+    assert rest.rows[0] in whole.rows
 
 
 # what cannot be continued
@@ -166,7 +208,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_a_sentence(uninterrupted
     folder, _ = uninterrupted(name, 1)
     checkpoint = torch.load(folder / WITHIN[0], weights_only=True)
     checkpoint["lit_rlhf"]["algorithm"] = change.get("algorithm", checkpoint["lit_rlhf"]["algorithm"])
-    checkpoint["lit_rlhf"]["loop"] *= change.get("world", 1)
+    checkpoint["lit_rlhf"]["ranks"] *= change.get("world", 1)
     if "foreign" in change:
         del checkpoint["lit_rlhf"]
     torch.save(checkpoint, tmp_path / "changed.ckpt")
@@ -174,6 +216,24 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_a_sentence(uninterrupted
         fit(name, ckpt_path=tmp_path / "changed.ckpt")
     assert sentence in str(caught.value)
     assert str(caught.value).startswith("ckpt_path: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"minibatches": 1}, "the run was made with algo.minibatches=2 (now 1); resume with the same"),
+        ({"prompts_per_rollout": 4}, "algo.prompts_per_rollout=8 (now 4)"),
+        ({"group_size": 4}, "algo.group_size=2 (now 4)"),
+        ({"update_epochs": 1}, "algo.update_epochs=2 (now 1)"),
+        ({"seed": 5}, "seed=7 (now 5)"),
+        ({"kl_coef": 0.0}, "the checkpoint's models are not those of this run"),
+    ],
+)
+def test_a_run_is_not_continued_with_other_sizes(uninterrupted, change, sentence):
+    folder, _ = uninterrupted("grpo", 1)
+    with pytest.raises(InputError) as caught:
+        fit("grpo", ckpt_path=folder / WITHIN[0], change=change)
+    assert sentence in str(caught.value)
 
 
 def test_the_module_refuses_what_another_library_saved():
@@ -256,7 +316,7 @@ def test_a_run_killed_in_the_middle_of_a_rollout_continues_to_the_same_model(tmp
     killed = new_process(*arguments, f"hydra.run.dir={tmp_path}/killed", cwd=tmp_path, DIES_AT=str(dies_at))
     assert killed.code == -signal.SIGKILL
     last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    loop = torch.load(last, weights_only=True)["lit_rlhf"]["loop"][0]
+    loop = torch.load(last, weights_only=True)["lit_rlhf"]["ranks"][0]["loop"]
     assert (loop["iteration"], loop["position"]) == (2, 2), "the last checkpoint is from the middle of the rollout"
     assert not (tmp_path / "killed" / "model").exists()
 

@@ -16,7 +16,7 @@ SHORT = SamplingConfig(max_new_tokens=8)
 def exported(folder, algorithm=GRPO, **arguments):
     sizes = {"prompts_per_rollout": 4, "group_size": 2} if algorithm is GRPO else {"batch_size": 4}
     module = algorithm(policy="tiny", sampling=SHORT, lr=1e-2, **sizes, **arguments)
-    fitter = trainer(limit_train_batches=1, callbacks=[HFExport(folder / "deep" / "model")])
+    fitter = trainer(max_steps=1, callbacks=[HFExport(folder / "deep" / "model")])
     fitter.fit(module, datamodule=ArithmeticData(held_out=16))
     return module, folder / "deep" / "model"
 

@@ -1,0 +1,29 @@
+"""Checkpoints that are as recent as they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class RolloutCheckpoint(ModelCheckpoint):
+    """Save every so many rollouts, and at the end; `last.ckpt` is the newest.
+
+    Lightning's own saves only when it validates, unless it validates at every epoch, and does not save at the end.
+
+    Args:
+        every_n_epochs: rollouts (or passes) between two checkpoints.
+        **kwargs: of `lightning.pytorch.callbacks.ModelCheckpoint`.
+    """
+
+    def __init__(self, every_n_epochs: int = 25, **kwargs: Any) -> None:
+        defaults = {"save_last": True, "save_on_train_epoch_end": True, "enable_version_counter": False}
+        super().__init__(every_n_epochs=every_n_epochs, **{**defaults, **kwargs})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of the run, unless it has just been saved."""
+        super().on_train_end(trainer, pl_module)
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
