@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,23 @@ def load_tokenizer(path: str | Path = TINY, trust_remote_code: bool = False) -> 
     Raises:
         InputError: no tokenizer there, or one without an end-of-sequence token.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    return prepare_tokenizer(_from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code), str(path))
+
+
+def prepare_tokenizer(tokenizer: Any, name: str = "") -> Any:
+    """The tokenizer, or a copy of it that pads on the left and has a pad token where it has not.
+
+    Raises:
+        InputError: it has no end-of-sequence token.
+    """
     if tokenizer.eos_token_id is None:
+        name = name or getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise InputError(
-            f"the tokenizer of {path} has no end-of-sequence token; set tokenizer.eos_token before training"
+            f"the tokenizer of {name} has no end-of-sequence token; set tokenizer.eos_token before training"
         )
+    if tokenizer.pad_token_id is not None and getattr(tokenizer, "padding_side", "left") == "left":
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)  # the caller's own stays as it is
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

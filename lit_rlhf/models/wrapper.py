@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer
+from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer, prepare_tokenizer
 from lit_rlhf.models.scoring import Scores, score
 from lit_rlhf.types import CompletionBatch, Rollout
 
@@ -51,10 +51,14 @@ class PolicyReferenceValue(nn.Module):
 
 
 def tokenizer_for(policy: nn.Module | str | Path, tokenizer: Any = None) -> Any:
-    """The tokenizer given, or loaded by name or path, or the policy's own."""
+    """The tokenizer given, or loaded by name or path, or the policy's own; with EOS, a pad token, padding on the left.
+
+    Raises:
+        InputError: there is none, or it cannot be used.
+    """
     if tokenizer is None:
         tokenizer = policy if not isinstance(policy, nn.Module) else getattr(policy, "name_or_path", "")
-    return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+    return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else prepare_tokenizer(tokenizer)
 
 
 def _score(model: nn.Module, batch: Rollout | CompletionBatch, temperature: float, entropy: bool) -> Scores:

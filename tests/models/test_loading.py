@@ -4,7 +4,10 @@ import pytest
 from torch import nn
 from transformers import Gemma3Config
 
+from lit_rlhf.data.tasks import character_tokenizer
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import max_positions
+from lit_rlhf.models.wrapper import tokenizer_for
 from tests.helpers import tiny_model
 
 
@@ -18,3 +21,24 @@ def test_the_longest_sequence_of_a_model_that_also_sees_is_that_of_its_text():
     model = nn.Module()
     model.config = Gemma3Config(text_config={"max_position_embeddings": 77})
     assert max_positions(model) == 77
+
+
+def tokenizer_without(name):
+    """The shipped tokenizer, padding on the right, its token of that name taken away."""
+    tokenizer = character_tokenizer()
+    setattr(tokenizer, name, None)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def test_a_tokenizer_given_as_an_object_is_prepared_and_left_as_it_was():
+    given = tokenizer_without("pad_token")
+    found = tokenizer_for("tiny", given)
+    assert (found.pad_token_id, found.padding_side) == (found.eos_token_id, "left")
+    assert (given.pad_token_id, given.padding_side) == (None, "right")
+    assert tokenizer_for("tiny", found) is found
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    with pytest.raises(InputError, match="has no end-of-sequence token; set tokenizer.eos_token"):
+        tokenizer_for("tiny", tokenizer_without("eos_token"))
