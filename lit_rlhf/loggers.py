@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import netrc
 import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def csv_logger(save_dir: str | Path) -> CSVLogger:
+    """Write `metrics.csv` into `save_dir` after every rollout.
+
+    A file that is there already, of a run that is continued in its own folder, is kept as `metrics.1.csv`,
+    `metrics.2.csv` and so on.
+    """
+    old = Path(save_dir) / "metrics.csv"
+    if old.exists() and rank_zero_only.rank == 0:
+        kept = (old.with_name(f"metrics.{i}.csv") for i in itertools.count(1))
+        old.rename(next(path for path in kept if not path.exists()))
+    return CSVLogger(save_dir, name="", version="", flush_logs_every_n_steps=1)
 
 
 def wandb_logger(save_dir: str | Path, project: str = "lit_rlhf", **kwargs: Any) -> WandbLogger:

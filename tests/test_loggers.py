@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lit_rlhf.loggers import wandb_logger
+from lit_rlhf.loggers import csv_logger, wandb_logger
 
 ENTRY = "machine {host} login user password 0123456789012345678901234567890123456789\n"
 
@@ -81,3 +81,16 @@ def test_the_logger_is_lightnings_and_makes_its_folder(machine, tmp_path):
     assert (tmp_path / "new" / "run").is_dir()
     assert (logger._wandb_init["project"], logger._wandb_init["name"]) == ("mine", "first")
     assert str(logger._wandb_init["dir"]) == str(tmp_path / "new" / "run")
+
+
+def test_the_metrics_of_a_run_continued_in_its_own_folder_are_kept(tmp_path):
+    for step, value in enumerate((0.25, 0.5, 0.75)):
+        logger = csv_logger(tmp_path)
+        logger.log_metrics({"reward": value}, step=step)
+        logger.save()
+    found = {path.name: path.read_text().split() for path in tmp_path.glob("metrics*.csv")}
+    assert {name: lines[1].split(",")[0] for name, lines in found.items()} == {
+        "metrics.1.csv": "0.25",
+        "metrics.2.csv": "0.5",
+        "metrics.csv": "0.75",
+    }
