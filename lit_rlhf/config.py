@@ -19,7 +19,19 @@ from typing import Any
 from lit_rlhf.errors import InputError
 
 _IMPLIED = {"data.path": "data=file", "model.path": "model=pretrained"}  # a path given chooses what reads it
+_ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
+    "algo.policy": "model.path=...",
+    "algo.tokenizer": "tokenizer=...",
+    "algo.reward_funcs": "reward.funcs=[...]",
+    "algo.reward_weights": "reward.weights=[...]",
+    "algo.sampling": "rollout.max_new_tokens=... and the like",
+    "algo.seed": "seed=...",
+    "trainer.callbacks": "callbacks.NAME._target_=...",
+    "trainer.logger": "logger.NAME._target_=...",
+    "rollout.group_size": "algo.group_size=...",
+}
 _SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
+_TOP_LEVEL_KINDS = {"seed": (int,), "validate_first": (bool,), "plugins": (list,), "threads": (int, type(None))}
 _SIMPLE = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
@@ -77,6 +89,22 @@ def _check_choices(group: str, choices: Sequence[str], known: Sequence[str], swe
             raise InputError(f"unknown choice {group}={choice}{nearest(choice, known)}")
     if len(choices) > 1 and not sweep:
         raise InputError(f"{group}={','.join(choices)} are several runs; add -m to start one after the other")
+
+
+def check_run(config: Mapping[str, Any]) -> None:
+    """Check all that `train` will read, before anything heavy is imported.
+
+    Raises:
+        InputError: the first thing that cannot be used.
+    """
+    for key, kinds in _TOP_LEVEL_KINDS.items():
+        if type(config[key]) not in kinds:
+            raise InputError(f"{key!r} must be {' or '.join(k.__name__ for k in kinds)}, got {config[key]!r}")
+    for key, instead in _ELSEWHERE.items():
+        group, _, name = key.partition(".")
+        if name in (config.get(group) or {}):
+            raise InputError(f"{key!r} would have no effect; write {instead}")
+    check_config(config)
 
 
 def check_config(config: Mapping[str, Any], path: str = "") -> None:

@@ -18,10 +18,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.config import check_config, conf_dir, prepare_arguments
+from lit_rlhf.config import check_run, conf_dir, prepare_arguments
 from lit_rlhf.errors import InputError
-
-_TOP_LEVEL_KINDS = {"seed": (int,), "validate_first": (bool,), "plugins": (list,), "threads": (int, type(None))}
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
@@ -73,10 +71,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 def _run(cfg: DictConfig) -> None:
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=False)
-        for key, kinds in _TOP_LEVEL_KINDS.items():
-            if type(plain[key]) not in kinds:
-                raise InputError(f"{key!r} must be {' or '.join(k.__name__ for k in kinds)}, got {plain[key]!r}")
-        check_config(plain)
+        check_run(plain)
         metrics, built = train(cfg)
     except Exception as error:
         sentence = _input_error(error)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
-from lit_rlhf.config import check_config, conf_dir, nearest, prepare_arguments, signature_of
+from lit_rlhf.config import check_config, check_run, conf_dir, nearest, prepare_arguments, signature_of
 from lit_rlhf.errors import InputError
 from lit_rlhf.train import _top_level
 from tests.helpers import NumberTokenizer, build, sum_of_ids, tiny_model
@@ -346,6 +346,25 @@ def test_good_values_are_accepted(override):
 )
 def test_what_hydra_lets_pass_is_refused(overrides, sentence):
     assert refused(check_config, plain(config_of(*overrides))) == sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "instead"),
+    [
+        ("algo.policy=gpt2", "model.path=..."),
+        ("algo.tokenizer=gpt2", "tokenizer=..."),
+        ("algo.reward_funcs=[a.b]", "reward.funcs=[...]"),
+        ("algo.reward_weights=[1]", "reward.weights=[...]"),
+        ("algo.sampling.temperature=2", "rollout.max_new_tokens=... and the like"),
+        ("algo.seed=3", "seed=..."),
+        ("trainer.callbacks=[]", "callbacks.NAME._target_=..."),
+        ("trainer.logger=false", "logger.NAME._target_=..."),
+        ("rollout.group_size=4", "algo.group_size=..."),
+    ],
+)
+def test_what_a_run_fills_in_itself_is_refused_and_not_ignored(override, instead):
+    key = ".".join(override.split("=")[0].split(".")[:2])
+    assert refused(check_run, with_values(override)) == f"'{key}' would have no effect; write {instead}"
 
 
 def test_the_keys_of_an_algorithm_are_its_own():
