@@ -39,11 +39,12 @@ def load_causal_lm(
     Raises:
         InputError: the model cannot be found or read.
     """
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise InputError(f"model.dtype: {dtype!r} is no torch dtype; use 'float32' or 'bfloat16'")
+    torch_dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise InputError(f"model.dtype: {dtype!r} is no floating-point dtype of torch; use 'float32' or 'bfloat16'")
     model = _from_pretrained(
         AutoModelForCausalLM,
+        "model.path",
         path,
         dtype=torch_dtype,
         attn_implementation=attn_implementation,
@@ -58,7 +59,8 @@ def load_tokenizer(path: str | Path = TINY, trust_remote_code: bool = False) -> 
     Raises:
         InputError: no tokenizer there, or one without an end-of-sequence token.
     """
-    return prepare_tokenizer(_from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code), str(path))
+    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", path, trust_remote_code=trust_remote_code)
+    return prepare_tokenizer(tokenizer, str(path))
 
 
 def prepare_tokenizer(tokenizer: Any, name: str = "") -> Any:
@@ -131,17 +133,19 @@ def max_positions(model: nn.Module) -> int | None:
     return getattr(text, "max_position_embeddings", None)
 
 
-def _from_pretrained(auto: Any, path: str | Path, **kwargs: Any) -> Any:
+def _from_pretrained(auto: Any, key: str, path: str | Path, **kwargs: Any) -> Any:
+    """Load what the argument `key` names; whatever is wrong with the files is one sentence about that argument."""
     source = resolve(path)
     folder = Path(source).expanduser()
     if folder.is_dir():
         source = str(folder)
     elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise InputError(f"model.path: there is no folder {path}; give a model folder, a Hub name or 'tiny'")
+        raise InputError(f"{key}: there is no folder {path}; give a model folder, a Hub name or 'tiny'")
     try:
         return auto.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # broken files end in errors of safetensors, torch, json, huggingface_hub, ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise InputError(
-            f"model.path: cannot load {path!r} ({reason}); give a model folder, a Hub name or 'tiny'"
+            f"{key}: cannot load {str(path)!r} ({type(error).__name__}: {reason}); "
+            f"give a complete model folder, a Hub name or 'tiny'"
         ) from error

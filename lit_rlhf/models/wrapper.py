@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer, prepare_tokenizer
 from lit_rlhf.models.scoring import Scores, score
 from lit_rlhf.types import CompletionBatch, Rollout
@@ -58,6 +59,11 @@ def tokenizer_for(policy: nn.Module | str | Path, tokenizer: Any = None) -> Any:
     """
     if tokenizer is None:
         tokenizer = policy if not isinstance(policy, nn.Module) else getattr(policy, "name_or_path", "")
+    if tokenizer == "":
+        raise InputError(
+            "tokenizer: the policy was not loaded from anywhere and has none of its own; give tokenizer=..., a folder, "
+            "a Hub name or 'tiny'"
+        )
     return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else prepare_tokenizer(tokenizer)
 
 

@@ -1,12 +1,14 @@
 """Loading models and tokenizers, and the sentence each that cannot be used gets."""
 
+import shutil
+
 import pytest
 from torch import nn
 from transformers import Gemma3Config
 
 from lit_rlhf.data.tasks import character_tokenizer
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.loading import max_positions
+from lit_rlhf.models.loading import ASSETS, load_causal_lm, load_tokenizer, max_positions
 from lit_rlhf.models.wrapper import tokenizer_for
 from tests.helpers import tiny_model
 
@@ -40,5 +42,43 @@ def test_a_tokenizer_given_as_an_object_is_prepared_and_left_as_it_was():
 
 
 def test_a_tokenizer_without_eos_is_refused():
-    with pytest.raises(InputError, match="has no end-of-sequence token; set tokenizer.eos_token"):
+    with pytest.raises(InputError, match="has no end-of-sequence token; set tokenizer"):
         tokenizer_for("tiny", tokenizer_without("eos_token"))
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "key"),
+    [
+        (load_causal_lm, "model.safetensors", "model.path"),
+        (load_causal_lm, "config.json", "model.path"),
+        (load_tokenizer, "tokenizer.json", "tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("kept", [0, 4, 300, -10])
+def test_broken_files_get_one_sentence(tmp_path, load, file, key, kept):
+    folder = tmp_path / "model"
+    shutil.copytree(ASSETS / "tiny_base", folder)
+    (folder / file).write_bytes((folder / file).read_bytes()[:kept])
+    with pytest.raises(InputError, match=f"^{key}: cannot load '{folder}' ") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(ASSETS / "tiny_base", folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 128', '"hidden_size": 64'))
+    with pytest.raises(InputError, match=r"^model.path: cannot load .* \(RuntimeError"):
+        load_causal_lm(folder)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "complex64", "float31", "Tensor"])
+def test_the_dtype_is_a_floating_one(dtype):
+    with pytest.raises(InputError, match=f"^model.dtype: '{dtype}' is no floating-point dtype"):
+        load_causal_lm(dtype=dtype)
+
+
+def test_a_model_that_was_not_loaded_needs_a_tokenizer():
+    with pytest.raises(InputError, match=r"^tokenizer: .* give tokenizer=\.\.\."):
+        tokenizer_for(tiny_model())
