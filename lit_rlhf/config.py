@@ -30,6 +30,13 @@ _ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
     "trainer.logger": "logger.NAME._target_=...",
     "rollout.group_size": "algo.group_size=...",
 }
+_WITHOUT = {  # groups that a run can do without, and what Hydra reads for `group=null`
+    "callbacks": ["~callbacks"],
+    "logger": ["~logger"],
+    "preset": ["~preset"],
+    "debug": [],
+    "experiment": [],
+}
 _SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 _TOP_LEVEL_KINDS = {"seed": (int,), "validate_first": (bool,), "plugins": (list,), "threads": (int, type(None))}
 _SIMPLE = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -52,7 +59,7 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
     """Turn a user's command line into Hydra overrides.
 
     A group's choice is checked. `data.path=` and `model.path=` choose the group that reads them, unless it is
-    chosen already. `algo.x=1` becomes `++algo.x=1`, because x need not stand in a yaml file to be valid:
+    chosen already. `logger=null` leaves an optional group out. `algo.x=1` becomes `++algo.x=1`, because x need not stand in a yaml file to be valid:
     `check_config` compares it with the signature.
 
     Args:
@@ -77,6 +84,9 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
             raise InputError(f"{argument!r} is no assignment; write {argument}=VALUE")
         if head not in groups and head not in set(top_level):
             raise InputError(f"unknown key {key!r}{nearest(head, {*groups, *top_level})}")
+        if key in _WITHOUT and value == "null":
+            prepared += _WITHOUT[key]
+            continue
         if key in groups:
             _check_choices(key, value.split(","), groups[key], sweep)
         prepared.append(f"++{argument}" if "." in key and key[0] != "+" else argument)
@@ -85,7 +95,7 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
 
 def _check_choices(group: str, choices: Sequence[str], known: Sequence[str], sweep: bool) -> None:
     for choice in choices:
-        if choice not in (*known, "null"):
+        if choice not in known:
             raise InputError(f"unknown choice {group}={choice}{nearest(choice, known)}")
     if len(choices) > 1 and not sweep:
         raise InputError(f"{group}={','.join(choices)} are several runs; add -m to start one after the other")

@@ -53,8 +53,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     )
     trainer = instantiate(
         cfg.trainer,
-        callbacks=[instantiate(c) for c in cfg.callbacks.values() if c],
-        logger=[instantiate(logger) for logger in cfg.logger.values() if logger],
+        callbacks=[instantiate(callback) for callback in (cfg.get("callbacks") or {}).values() if callback],
+        logger=[instantiate(logger) for logger in (cfg.get("logger") or {}).values() if logger],
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))

@@ -218,6 +218,12 @@ def test_the_console_script_runs_demonstrations(here):
     assert greedy_accuracy(here / "out" / "model") == last["val/accuracy_greedy"]
 
 
+def test_a_run_without_loggers_and_callbacks(here):
+    folder = run_folder(fork("algo=sft", "debug=tiny", "logger=null", "callbacks=null", cwd=here))
+    assert not (folder / "metrics.csv").exists()
+    assert not (folder / "model").exists()
+
+
 def test_prompts_and_a_reward_function_of_the_users_own(here):
     levels = {f"{n}+1=": n % 3 for n in range(40)}
     jsonl("sums.jsonl", [{"prompt": prompt, "level": level, "note": [level]} for prompt, level in levels.items()])

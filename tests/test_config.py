@@ -238,12 +238,21 @@ def test_the_configuration_lies_in_the_checkout_or_in_the_package():
         (["rollout.stop=['=','\\n']"], ["++rollout.stop=['=','\\n']"]),
         (["+algo.foo=1", "++algo.bar=2", "~trainer.plugins"], ["+algo.foo=1", "++algo.bar=2", "~trainer.plugins"]),
         (["hydra.run.dir=x", "--cfg", "job", "-c", "job"], ["hydra.run.dir=x", "--cfg", "job", "-c", "job"]),
-        (["debug=null", "experiment=tiny_base"], ["debug=null", "experiment=tiny_base"]),
+        (["debug=null", "experiment=tiny_base"], ["experiment=tiny_base"]),
+        (["logger=null", "callbacks=null"], ["~logger", "~callbacks"]),
     ],
 )
 def test_a_command_line_becomes_hydras(given, expected):
     expected = expected or ["data=file", "++reward.funcs=[a.b, c.d]", "++data.path='a=b, c.jsonl'"]
     assert prepared(*given) == expected
+
+
+def test_optional_groups_can_be_left_out():
+    config = config_of("logger=null", "callbacks=null", "preset=null", "debug=null", "experiment=null")
+    check_run(plain(config))
+    assert not {"logger", "callbacks"} & set(config)
+    assert set(config.algo) == {"_target_"}
+    assert plain(config_of("logger=null", "logger.wandb=null"))["logger"] == {"wandb": None}
 
 
 def test_values_arrive_as_they_were_given():
@@ -261,6 +270,9 @@ def test_values_arrive_as_they_were_given():
         ("algo=grpo,dappo", "unknown choice algo=dappo; did you mean 'dapo'?"),
         ("algo=grpo,dapo", "algo=grpo,dapo are several runs; add -m to start one after the other"),
         ("data=", "unknown choice data=; known: arithmetic, file"),
+        ("data=null", "unknown choice data=null; known: arithmetic, file"),
+        ("algo=null", "unknown choice algo=null; known: dapo, grpo, sft"),
+        ("trainer=null", "unknown choice trainer=null; known: default"),
         ("trainr.max_epochs=3", "unknown key 'trainr.max_epochs'; did you mean 'trainer'?"),
         ("+trainr.max_epochs=3", "unknown key '+trainr.max_epochs'; did you mean 'trainer'?"),
         ("sed=3", "unknown key 'sed'; did you mean 'seed'?"),
