@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,7 @@ _ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
     "trainer.logger": "logger.NAME._target_=...",
     "rollout.group_size": "algo.group_size=...",
 }
+_PATHS = ("data.path", "data.validation_path", "model.path", "tokenizer", "ckpt_path")  # taken as they are written
 _WITHOUT = {  # groups that a run can do without, and what Hydra reads for `group=null`
     "callbacks": ["~callbacks"],
     "logger": ["~logger"],
@@ -59,7 +61,7 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
     """Turn a user's command line into Hydra overrides.
 
     A group's choice is checked. `data.path=` and `model.path=` choose the group that reads them, unless it is
-    chosen already. `logger=null` leaves an optional group out. `algo.x=1` becomes `++algo.x=1`, because x need not stand in a yaml file to be valid:
+    chosen already; their values are quoted. `logger=null` leaves an optional group out. `algo.x=1` becomes `++algo.x=1`, because x need not stand in a yaml file to be valid:
     `check_config` compares it with the signature.
 
     Args:
@@ -89,8 +91,19 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
             continue
         if key in groups:
             _check_choices(key, value.split(","), groups[key], sweep)
+        if key.lstrip("+") in _PATHS and not sweep:
+            argument = f"{key}={_quoted(value)}"
         prepared.append(f"++{argument}" if "." in key and key[0] != "+" else argument)
     return implied + prepared
+
+
+def _quoted(path: str) -> str:
+    """`path` for Hydra's grammar, in which brackets, commas and the like have a meaning outside of quotes."""
+    quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
+    if quoted or "${" in path or path.startswith("{") or re.fullmatch(r"([A-Za-z_./][\w./-]*)?", path, re.ASCII):
+        return path
+    doubled = re.sub(r"\\+(?='|$)", lambda slashes: 2 * slashes[0], path)
+    return "'" + doubled.replace("'", "\\'") + "'"
 
 
 def _check_choices(group: str, choices: Sequence[str], known: Sequence[str], sweep: bool) -> None:

@@ -247,6 +247,33 @@ def test_a_command_line_becomes_hydras(given, expected):
     assert prepared(*given) == expected
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a(1).jsonl",
+        "a=b.jsonl",
+        "a,b.jsonl",
+        "a b [1] {2}.jsonl",
+        " it's.jsonl",
+        r"C:\dir\a.jsonl",
+        "dir\\",
+        r"a\'b",
+        "7",
+        "~/ä#",
+    ],
+)
+def test_a_path_arrives_as_it_is_written(path):
+    config = config_of(f"data.path={path}", f"model.path={path}", f"tokenizer={path}", f"ckpt_path={path}")
+    assert [config.data.path, config.model.path, config.tokenizer, config.ckpt_path] == [path] * 4
+
+
+def test_a_path_in_quotes_or_with_an_interpolation_is_left_to_hydra():
+    config = config_of("data.path='a,b'", "model.path=${data.path}", "ckpt_path=null", "tokenizer={_target_: x}")
+    assert (config.data.path, config.model.path, config.ckpt_path) == ("a,b", "a,b", None)
+    assert config.tokenizer == {"_target_": "x"}
+    assert prepared("-m", "data.path=a,b") == ["data=file", "-m", "++data.path=a,b"]
+
+
 def test_optional_groups_can_be_left_out():
     config = config_of("logger=null", "callbacks=null", "preset=null", "debug=null", "experiment=null")
     check_run(plain(config))
