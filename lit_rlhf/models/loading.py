@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lit_rlhf.errors import InputError
 
@@ -131,6 +131,15 @@ def max_positions(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
+
+
+def vocabulary_size(model: nn.Module | str | Path) -> int:
+    """Token ids that a model, or the model of that name or path, can read."""
+    if isinstance(model, nn.Module):
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        return int(embeddings.num_embeddings)
+    config = _from_pretrained(AutoConfig, "model.path", model)
+    return int(config.get_text_config(decoder=True).vocab_size)
 
 
 def _from_pretrained(auto: Any, key: str, path: str | Path, **kwargs: Any) -> Any:

@@ -11,9 +11,11 @@ from torch import nn
 from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer, prepare_tokenizer
+from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer, prepare_tokenizer, vocabulary_size
 from lit_rlhf.models.scoring import Scores, score
 from lit_rlhf.types import CompletionBatch, Rollout
+
+_LARGEST_PADDING = 127  # embeddings are padded to a multiple of 64 or 128
 
 
 class PolicyReferenceValue(nn.Module):
@@ -64,7 +66,22 @@ def tokenizer_for(policy: nn.Module | str | Path, tokenizer: Any = None) -> Any:
             "tokenizer: the policy was not loaded from anywhere and has none of its own; give tokenizer=..., a folder, "
             "a Hub name or 'tiny'"
         )
-    return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else prepare_tokenizer(tokenizer)
+    found = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else prepare_tokenizer(tokenizer)
+    if tokenizer is not policy:
+        _check_vocabulary(policy, found)
+    return found
+
+
+def _check_vocabulary(policy: nn.Module | str | Path, tokenizer: Any) -> None:
+    """Refuse a tokenizer that is clearly not the policy's: ids would be read, or sampled, that mean nothing."""
+    size = vocabulary_size(policy)
+    known = len(tokenizer) if hasattr(tokenizer, "__len__") else size
+    if tokenizer.eos_token_id < size <= max(2 * known, known + _LARGEST_PADDING):
+        return
+    raise InputError(
+        f"tokenizer: it has {known} tokens, EOS is {tokenizer.eos_token_id}, and the model's vocabulary has {size}: "
+        "give the model's own tokenizer, or resize the model's embeddings"
+    )
 
 
 def _score(model: nn.Module, batch: Rollout | CompletionBatch, temperature: float, entropy: bool) -> Scores:

@@ -82,3 +82,17 @@ def test_the_dtype_is_a_floating_one(dtype):
 def test_a_model_that_was_not_loaded_needs_a_tokenizer():
     with pytest.raises(InputError, match=r"^tokenizer: .* give tokenizer=\.\.\."):
         tokenizer_for(tiny_model())
+
+
+@pytest.mark.parametrize("size", [24, 64, 128])
+def test_padded_embeddings_go_with_their_tokenizer(size):
+    assert tokenizer_for(tiny_model(vocab_size=size), "tiny").eos_token_id == 1
+
+
+@pytest.mark.parametrize("size", [1, 512])
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, size):
+    model = tiny_model(vocab_size=size)
+    model.save_pretrained(tmp_path)
+    for policy in (model, tmp_path):
+        with pytest.raises(InputError, match=f"^tokenizer: it has 21 tokens, .* the model's vocabulary has {size}:"):
+            tokenizer_for(policy, "tiny")
