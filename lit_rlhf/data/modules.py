@@ -179,7 +179,8 @@ class FileData(RowsDataModule):
 
 
 def _verifier_of(rows: Sequence[Row]) -> list[Any]:
-    if "answer" not in rows[0]:
+    answers = [row["answer"] for row in rows if row.get("answer") is not None]
+    if not answers:
         return []
-    numbers = all(final_number(str(row["answer"])) is not None for row in rows)
+    numbers = all(final_number(str(answer)) is not None for answer in answers)
     return [numeric_answer if numbers else exact_match]

@@ -62,6 +62,8 @@ class RewardFunctions:
         funcs: RewardFunction | str | Sequence[RewardFunction | str],
         weights: Sequence[float] | None = None,
     ) -> None:
+        if not (callable(funcs) or isinstance(funcs, Sequence)):
+            raise InputError(f"reward functions: give callables or import strings, got {funcs!r}")
         given = [funcs] if callable(funcs) or isinstance(funcs, str) else list(funcs)
         if not given:
             raise InputError("reward functions: at least one is needed, got none")
@@ -109,7 +111,15 @@ def reward_functions(
     funcs: RewardFunctions | Sequence[RewardFunction | str] | RewardFunction | str | None,
     weights: Sequence[float] | None = None,
 ) -> RewardFunctions | None:
-    """Whatever describes rewards, as `RewardFunctions`; `None` where nothing is given."""
+    """Whatever describes rewards, as `RewardFunctions`; `None` where nothing is given.
+
+    Raises:
+        InputError: see `RewardFunctions`; also for weights without functions, or beside those that have their own.
+    """
+    if weights is not None and funcs is None:
+        raise InputError("reward weights: there are no reward functions to weight; give those too")
+    if weights is not None and isinstance(funcs, RewardFunctions):
+        raise InputError("reward weights belong to funcs: give them to RewardFunctions(funcs, weights)")
     if funcs is None or isinstance(funcs, RewardFunctions):
         return funcs
     return RewardFunctions(funcs, weights)

@@ -17,14 +17,14 @@ _NUMBER = re.compile(
 
 
 @verifier
-def exact_match(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> list[float]:
-    """Return 1.0 where the completion is the answer, but for white space around either.
+def exact_match(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> list[float | None]:
+    """Return 1.0 where the completion is the answer, but for white space around either; `None` without an answer.
 
     >>> exact_match(completions=[" 46", "47"], answer=["46", "46"])
     [1.0, 0.0]
     """
     pairs = zip(completions, answer, strict=True)
-    return [float(completion.strip() == str(right).strip()) for completion, right in pairs]
+    return [None if right is None else float(completion.strip() == str(right).strip()) for completion, right in pairs]
 
 
 @verifier

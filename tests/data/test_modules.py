@@ -1,11 +1,14 @@
 """Rows that do not fit the model's context are found before training, by what the algorithm does with them."""
 
+import json
+
 import pytest
 
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.sft import SFT
-from lit_rlhf.data.modules import RowsDataModule
+from lit_rlhf.data.modules import FileData, RowsDataModule
 from lit_rlhf.errors import InputError
+from lit_rlhf.rewards import exact_match, numeric_answer
 from lit_rlhf.types import SamplingConfig
 from tests.helpers import build, sum_of_ids, tiny_model, trainer
 
@@ -51,3 +54,17 @@ def test_a_prompt_to_sample_from_needs_room_for_the_completion():
 def test_held_out_prompts_of_which_nothing_is_sampled_may_be_long():
     long = demonstration(CONTEXT, 1)
     assert prepared(SFT, [demonstration(1, 1)], [long], rewards=()).held_out_rows == [long]
+
+
+@pytest.mark.parametrize(
+    ("answers", "verifiers"),
+    [
+        ([None, "7", 8], [numeric_answer]),
+        ([None, "7", "eight"], [exact_match]),
+        ([None, None, None], []),
+    ],
+)
+def test_rows_whose_answer_is_null_do_not_choose_the_verifier(tmp_path, answers, verifiers):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": "How many?", "answer": answer}) for answer in answers))
+    assert FileData(file).reward_funcs == verifiers

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.rewards import RewardFunctions, exact_match, numeric_answer, verifier
+from lit_rlhf.rewards import RewardFunctions, exact_match, numeric_answer, reward_functions, verifier
 
 PROMPTS, COMPLETIONS, IDS = ["1+1=", "1+2=", "1+3="], ["2", "3", "5"], [[1], [2], [3]]
 COLUMNS = {"prompt": PROMPTS, "answer": ["2", "3", "4"], "level": [1, 2, 3]}
@@ -195,6 +195,20 @@ def test_weights_that_do_not_fit_are_refused(weights, message):
 @pytest.mark.parametrize(("funcs", "message"), [([], "at least one is needed"), ([3], "an import string, got 3")])
 def test_what_is_no_function_is_refused(funcs, message):
     assert message in refusal(funcs)
+
+
+@pytest.mark.parametrize("funcs", [5, {exact_match}])
+def test_what_holds_no_functions_is_refused(funcs):
+    assert "reward functions: give callables or import strings, got" in refusal(funcs)
+
+
+def test_weights_that_weight_nothing_are_refused():
+    with pytest.raises(InputError, match="reward weights: there are no reward functions to weight"):
+        reward_functions(None, [1.0])
+    with pytest.raises(InputError, match="reward weights belong to funcs"):
+        reward_functions(RewardFunctions(exact_match), [2.0])
+    assert reward_functions(exact_match, [2.0]).weights == [2.0]
+    assert reward_functions(None) is None
 
 
 class Judge:

@@ -91,3 +91,8 @@ def test_only_the_completion_is_read():
 def test_lists_of_unequal_length_are_no_match(fn):
     with pytest.raises(ValueError, match="zip"):
         fn(["1", "2"], ["1"])
+
+
+@pytest.mark.parametrize("fn", [exact_match, numeric_answer])
+def test_a_row_without_an_answer_is_not_judged(fn):
+    assert fn(["None", "7", "8"], [None, None, "8"]) == [None, None, 1.0]
