@@ -9,12 +9,14 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import InstantiationException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -92,6 +94,7 @@ def main() -> None:
     sys.path.insert(0, str(Path.cwd()))
     try:
         sys.argv[1:] = prepare_arguments(sys.argv[1:], _top_level())
+        _check_grammar(sys.argv[1:])
     except InputError as error:
         _fail(str(error))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -104,6 +107,22 @@ def main() -> None:
 
 def _top_level() -> list[str]:
     return [str(key) for key in OmegaConf.load(conf_dir() / "train.yaml") if key != "defaults"]
+
+
+def _check_grammar(arguments: Sequence[str]) -> None:
+    """Refuse, in a sentence, what Hydra would refuse in several lines of its own."""
+    parser = OverridesParser.create()
+    for argument in (a for a in arguments if "=" in a and not a.startswith("-")):
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            raise InputError(
+                f"{argument.lstrip('+')} cannot be read: {error}; put a text in quotes: \"key='text'\""
+            ) from None
+        if override.is_sweep_override() and not {"-m", "--multirun"} & set(arguments):
+            raise InputError(
+                f"{argument.lstrip('+')} are several values; write [...] for a list, or add -m to start one run for each"
+            )
 
 
 def _import_plugin(name: str) -> None:
