@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
+
+Row: TypeAlias = dict[str, Any]  # of a dataset, by column
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Experience(ScoredRollout):
 
     `step_tokens` and `step_rows` count the masked tokens and the non-empty rows of the whole optimiser
     step, over its micro-batches and ranks; every loss is normalised by them (see `RLHFModule.aggregate`), so
-    that any split of a batch gives the same gradient. `None` means: this batch is the whole step.
+    that any split of a batch gives the same gradient. `None`: the batch counts as one `accumulate`-th of its step.
     """
 
     advantages: Tensor  # [N, T]

@@ -9,10 +9,11 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from lit_rlhf.data.rows import Row, read_rows
+from lit_rlhf.data.rows import read_rows
 from lit_rlhf.data.tasks import arithmetic_splits, demonstrations
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards import exact_match, final_number, numeric_answer
+from lit_rlhf.types import Row
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class RowsDataModule(LightningDataModule):
 
     Args:
         train_rows: dictionaries with a `"prompt"` and whatever columns the rewards name.
-        held_out_rows: the same; they never occur in training. May be empty.
+        held_out_rows: the same, for validation alone; see to it that they are not among `train_rows`. May be empty.
         reward_funcs: used where the algorithm was given none.
         validation_batch_size: prompts per validation batch.
         drop_long_prompts: leave out rows that the model cannot read instead of stopping; their number is told.
@@ -153,7 +154,8 @@ class FileData(RowsDataModule):
 
     Args:
         path: a `.jsonl` or `.json` file, see `read_rows`; GSM8K's own format is read as it comes.
-        held_out: rows for validation, taken from the end of the file; by default a tenth, at most 256.
+        held_out: rows for validation, taken from the end of the file and not trained on (a row that the file repeats
+            may be on both sides); by default a tenth, at most 256.
         validation_path: a file of its own for validation; then `held_out` takes nothing from `path`.
         validation_batch_size: prompts per validation batch.
         drop_long_prompts: leave out rows that the model cannot read instead of stopping; their number is told.

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Row = dict[str, Any]
 
 _SUFFIXES = (".jsonl", ".json")
 _ACCEPTED = "a .jsonl file (one JSON object per line) or a .json file (a list of objects)"

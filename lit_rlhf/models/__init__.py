@@ -1,1 +1,1 @@
-"""Models: loading, the policy/reference/value wrapper and the one scoring path."""
+"""Models: loading, the policy/reference wrapper and the one scoring path."""

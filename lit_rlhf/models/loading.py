@@ -128,7 +128,7 @@ def disable_dropout(model: nn.Module) -> nn.Module:
 
 def max_positions(model: nn.Module) -> int | None:
     """The longest sequence that the model can read, or `None` where its configuration does not say."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
 

@@ -1,4 +1,4 @@
-"""The models that an algorithm trains with, behind one object: policy, reference, value."""
+"""The models that an algorithm trains with, behind one object: policy and reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LARGEST_PADDING = 127  # embeddings are padded to a multiple of 64 or 128
 
 
 class PolicyReferenceValue(nn.Module):
-    """Policy, frozen reference and value function of one training run.
+    """Policy and frozen reference of one training run; the value function comes with the critic algorithms.
 
     Args:
         policy: any Hugging Face causal language model, or the name or path of one. Its dropout is set to 0.

@@ -1,1 +1,1 @@
-"""TMP."""
+"""Rollouts: sampling completions, scoring them, and what the trainer iterates over."""

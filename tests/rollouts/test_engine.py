@@ -547,7 +547,7 @@ def test_weights_come_first():
 
 def test_a_model_without_a_key_value_cache_is_refused():
     model = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4))
-    with pytest.raises(InputError, match="^MambaForCausalLM takes no past_key_values"):
+    with pytest.raises(InputError, match=r"^MambaForCausalLM takes no past_key_values"):
         engine_for(model).generate(PROMPTS, SamplingConfig(4), 0)
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from lit_rlhf.errors import InputError
-
-Row = dict[str, Any]
+from lit_rlhf.types import Row
 
 SLOPPY_OFFSETS = (1, 2, 10)
 SAMPLED_TRAIN_SIZE = 20_000

@@ -39,5 +39,5 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, module: nn.Module, version: int) -> None:
-        """Sample from `module`'s weights from now on; rollouts carry `version` (optimiser steps taken)."""
+        """Sample from `module`'s weights from now on; rollouts carry `version` (see `Rollout.version`)."""
         ...
