@@ -40,8 +40,17 @@ _WITHOUT = {  # groups that a run can do without, and what Hydra reads for `grou
     "experiment": [],
 }
 _SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
-_TOP_LEVEL_KINDS = {"seed": (int,), "validate_first": (bool,), "plugins": (list,), "threads": (int, type(None))}
-_SIMPLE = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+_TOP_LEVEL_KINDS = {
+    "seed": (int,),
+    "validate_first": (bool,),
+    "plugins": (list,),
+    "threads": (int, type(None)),
+    "ckpt_path": (str, type(None)),
+    "tokenizer": (str, dict, type(None)),
+}
+_NEEDED = ("algo", "data", "model", "reward", "rollout", "trainer")  # groups that every run instantiates
+_GIVEN = ("policy", "tokenizer", "reward_funcs", "sampling", "seed")  # what `train` hands to the algorithm
+_SIMPLE = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "Path": (str,)}
 
 
 def conf_dir() -> Path:
@@ -61,8 +70,8 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
     """Turn a user's command line into Hydra overrides.
 
     A group's choice is checked. `data.path=` and `model.path=` choose the group that reads them, unless it is
-    chosen already; their values are quoted. `logger=null` leaves an optional group out. `algo.x=1` becomes `++algo.x=1`, because x need not stand in a yaml file to be valid:
-    `check_config` compares it with the signature.
+    chosen already; their values are quoted. `logger=null` leaves an optional group out. `algo.x=1` becomes
+    `++algo.x=1`, because x need not stand in a yaml file to be valid: `check_config` compares it with the signature.
 
     Args:
         arguments: the arguments without the program's name.
@@ -78,8 +87,10 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
     prepared = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         key, equals, value = argument.partition("=")
-        head = key.lstrip("+").split(".")[0]
-        if key.startswith(("-", "~", "hydra")) or (not equals and before.startswith("-")):  # a flag, or its value
+        head = re.split("[./@]", key.lstrip("+"))[0]
+        if (
+            head == "hydra" or key.startswith(("-", "~")) or (not equals and before.startswith("-"))
+        ):  # a flag, or its value
             prepared.append(argument)
             continue
         if not equals:
@@ -120,14 +131,30 @@ def check_run(config: Mapping[str, Any]) -> None:
     Raises:
         InputError: the first thing that cannot be used.
     """
-    for key, kinds in _TOP_LEVEL_KINDS.items():
-        if type(config[key]) not in kinds:
-            raise InputError(f"{key!r} must be {' or '.join(k.__name__ for k in kinds)}, got {config[key]!r}")
+    _check_top_level(config)
+    for group in _NEEDED:
+        if not isinstance((config.get(group) or {}).get("_target_"), str):
+            raise InputError(f"{group}._target_ must be an import path; choose one with {group}=...")
+    target = config["algo"]["_target_"]
+    signature = signature_of(target)
+    if signature is not None and not signature.open and not set(_GIVEN) <= set(signature.parameters):
+        raise InputError(f"algo._target_={target} is no algorithm: it does not take {', '.join(_GIVEN)}")
     for key, instead in _ELSEWHERE.items():
         group, _, name = key.partition(".")
-        if name in (config.get(group) or {}):
+        if name in config[group]:
             raise InputError(f"{key!r} would have no effect; write {instead}")
     check_config(config)
+
+
+def _check_top_level(config: Mapping[str, Any]) -> None:
+    for key, kinds in _TOP_LEVEL_KINDS.items():
+        if type(config[key]) not in kinds:
+            names = ["null" if kind is type(None) else kind.__name__ for kind in kinds]
+            raise InputError(f"{key!r} must be {' or '.join(names)}, got {config[key]!r}")
+    if not 0 <= config["seed"] < 2**32:
+        raise InputError(f"seed must be from 0 to {2**32 - 1}, got {config['seed']}")
+    if config["threads"] is not None and config["threads"] < 1:
+        raise InputError(f"threads must be at least 1, or null for one per core, got {config['threads']}")
 
 
 def check_config(config: Mapping[str, Any], path: str = "") -> None:
@@ -142,12 +169,12 @@ def check_config(config: Mapping[str, Any], path: str = "") -> None:
         for key, value in config.items():
             if key not in _SPECIAL and signature is not None:
                 signature.check(key, value, path)
+    siblings = [key for key, value in config.items() if isinstance(value, Mapping) and "_target_" in value]
     for key, value in config.items():
+        where = f"{path}.{key}" if path else str(key)
+        if path in ("callbacks", "logger") and key not in siblings and value is not None:
+            raise InputError(f"unknown key {where!r}{nearest(str(key), siblings)}")
         if isinstance(value, Mapping):
-            where = f"{path}.{key}" if path else str(key)
-            siblings = [k for k, v in config.items() if isinstance(v, Mapping) and "_target_" in v]
-            if path in ("callbacks", "logger") and "_target_" not in value:
-                raise InputError(f"unknown key {where!r}{nearest(str(key), siblings)}")
             check_config(value, where)
 
 
@@ -166,12 +193,14 @@ class Signature:
             if self.open:
                 return
             raise InputError(f"unknown key '{path}.{key}'{nearest(key, self.parameters)}")
-        kinds = _simple_kinds(self.parameters[key])
+        kinds, nullable = _simple_kinds(self.parameters[key])
         allowed = tuple(t for kind in kinds for t in _SIMPLE.get(kind, ()))
         fits = isinstance(value, allowed) and not (isinstance(value, bool) and "bool" not in kinds)
         interpolated = isinstance(value, str) and "${" in value
-        if kinds and value is not None and not fits and not interpolated:
-            raise InputError(f"'{path}.{key}' must be {' or '.join(kinds)}, got {value!r}")
+        if kinds and not fits and not interpolated and not (value is None and nullable):
+            raise InputError(
+                f"'{path}.{key}' must be {' or '.join(kinds)}, got {'null' if value is None else repr(value)}"
+            )
 
 
 @cache
@@ -257,11 +286,12 @@ def _parse(module: str) -> ast.Module | None:
     return None
 
 
-def _simple_kinds(annotation: ast.expr | None) -> list[str]:
-    """`["int", "float"]` of an annotation made of simple types only; empty where anything else occurs."""
+def _simple_kinds(annotation: ast.expr | None) -> tuple[list[str], bool]:
+    """`["int", "float"]` of an annotation made of simple types only, else nothing; and whether None is allowed."""
     if annotation is None:
-        return []
-    text = annotation.value if isinstance(annotation, ast.Constant) else ast.unparse(annotation)
-    text = str(text).removeprefix("Optional[").removesuffix("]")
-    kinds = [part.strip() for part in text.split("|") if part.strip() != "None"]
-    return kinds if all(kind in _SIMPLE for kind in kinds) else []
+        return [], True
+    text = str(annotation.value if isinstance(annotation, ast.Constant) else ast.unparse(annotation))
+    parts = [part.strip() for part in text.removeprefix("Optional[").removesuffix("]").split("|")]
+    kinds = [part for part in parts if part != "None"]
+    nullable = text.startswith("Optional[") or "None" in parts
+    return (kinds if all(kind in _SIMPLE for kind in kinds) else []), nullable

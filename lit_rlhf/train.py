@@ -34,6 +34,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     import transformers
     from lightning.pytorch import seed_everything
 
+    from lit_rlhf.algorithms.base import RLHFModule
     from lit_rlhf.models.wrapper import tokenizer_for
 
     transformers.utils.logging.disable_progress_bar()
@@ -46,7 +47,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     data = instantiate(cfg.data)
     policy = instantiate(cfg.model)
     tokenizer = cfg.tokenizer if isinstance(cfg.tokenizer, str) else instantiate(cfg.tokenizer)
-    module = instantiate(cfg.algo, _partial_=True)(
+    algorithm = instantiate(cfg.algo, _partial_=True)
+    if not (isinstance(algorithm.func, type) and issubclass(algorithm.func, RLHFModule)):
+        raise InputError(f"algo._target_={cfg.algo._target_} is no algorithm, that is no class made from RLHFModule")
+    module = algorithm(
         policy=policy,
         tokenizer=tokenizer_for(policy, tokenizer),
         reward_funcs=instantiate(cfg.reward),
@@ -121,7 +125,7 @@ def _check_grammar(arguments: Sequence[str]) -> None:
             ) from None
         if override.is_sweep_override() and not {"-m", "--multirun"} & set(arguments):
             raise InputError(
-                f"{argument.lstrip('+')} are several values; write [...] for a list, or add -m to start one run for each"
+                f"{argument.lstrip('+')} are several values; write [...] for a list, or add -m for one run each"
             )
 
 

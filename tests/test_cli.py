@@ -83,6 +83,9 @@ print(code, [name for name in ("torch", "lightning", "transformers") if name in 
         (["plugins=one"], "'plugins' must be list, got 'one'"),
         (["plugins=[nowhere]"], "plugins: there is no module 'nowhere'"),
         (["algo._target_=lit_rlhf.algorithms.dapo.DAPPO"], "Error loading 'lit_rlhf.algorithms.dapo.DAPPO'"),
+        (["algo._target_=nowhere.DAPO"], "Error loading 'nowhere.DAPO'"),
+        (["algo._target_=builtins.dict"], "algo._target_=builtins.dict is no algorithm"),
+        (["algo._target_=torch.nn.Linear"], "algo._target_=torch.nn.Linear is no algorithm"),
         (["algo.group_size=1"], "algo.group_size=1: GRPO compares the samples of one prompt with each other"),
         (["algo.scale_rewards=yes"], "algo.scale_rewards must be one of std, none, batch, got 'yes'"),
         (["trainer.precision=99"], "Precision 99 is invalid."),
@@ -269,7 +272,8 @@ class MyDAPO(DAPO):
         print("strength", strength)
 """)
     sizes = ["algo.prompts_per_rollout=8", "algo.group_size=2", "algo.minibatches=2"]
-    folder = run_folder(fork("plugins=[mine]", "algo.policy_loss=three_and_a_half", *sizes, *TINY, cwd=here))
+    loss = ["algo.policy_loss=three_and_a_half", "algo.skip_zero_advantage=false"]
+    folder = run_folder(fork("plugins=[mine]", *loss, *sizes, *TINY, cwd=here))
     (rollout,) = [row for row in metrics_of(folder) if "loss/policy_loss" in row]
     assert rollout["loss/policy_loss"] == pytest.approx(3.5)
     arguments = ["algo._target_=mine.MyDAPO", "algo.strength=2.5", "hydra.run.dir=out", *sizes, *TINY]

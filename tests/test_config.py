@@ -303,6 +303,7 @@ def test_values_arrive_as_they_were_given():
         ("trainr.max_epochs=3", "unknown key 'trainr.max_epochs'; did you mean 'trainer'?"),
         ("+trainr.max_epochs=3", "unknown key '+trainr.max_epochs'; did you mean 'trainer'?"),
         ("sed=3", "unknown key 'sed'; did you mean 'seed'?"),
+        ("hydra_run=3", "unknown key 'hydra_run'; did you mean 'hydra'?"),
         ("seed", "'seed' is no assignment; write seed=VALUE"),
     ],
 )
@@ -350,6 +351,9 @@ def with_values(*assignments):
         ("algo.kl_coef=high", "'algo.kl_coef' must be float, got 'high'"),
         ("algo.mask_truncated=1", "'algo.mask_truncated' must be bool, got 1"),
         ("rollout.top_p=true", "'rollout.top_p' must be float, got True"),
+        ("algo.group_size=null", "'algo.group_size' must be int, got null"),
+        ("model.path=null", "'model.path' must be str or Path, got null"),
+        ("callbacks.foo=1", "unknown key 'callbacks.foo'; known: checkpoint, export, progress"),
         ("data.train_size=many", "'data.train_size' must be int, got 'many'"),
     ],
 )
@@ -385,6 +389,26 @@ def test_good_values_are_accepted(override):
 )
 def test_what_hydra_lets_pass_is_refused(overrides, sentence):
     assert refused(check_config, plain(config_of(*overrides))) == sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("seed=-1", "seed must be from 0 to 4294967295, got -1"),
+        ("seed=one", "'seed' must be int, got 'one'"),
+        ("threads=0", "threads must be at least 1, or null for one per core, got 0"),
+        ("threads=-1", "threads must be at least 1, or null for one per core, got -1"),
+        ("ckpt_path=3", "'ckpt_path' must be str or null, got 3"),
+        ("algo._target_=7", "algo._target_ must be an import path; choose one with algo=..."),
+        (
+            "algo._target_=torch.optim.AdamW",
+            "algo._target_=torch.optim.AdamW is no algorithm: it does not take "
+            "policy, tokenizer, reward_funcs, sampling, seed",
+        ),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(override, sentence):
+    assert refused(check_run, with_values(override)) == sentence
 
 
 @pytest.mark.parametrize(
