@@ -19,11 +19,16 @@ def csv_logger(save_dir: str | Path) -> CSVLogger:
     A file that is there already, of a run that is continued in its own folder, is kept as `metrics.1.csv`,
     `metrics.2.csv` and so on.
     """
-    old = Path(save_dir) / "metrics.csv"
-    if old.exists() and rank_zero_only.rank == 0:
-        kept = (old.with_name(f"metrics.{i}.csv") for i in itertools.count(1))
-        old.rename(next(path for path in kept if not path.exists()))
+    _keep(Path(save_dir) / "metrics.csv")
     return CSVLogger(save_dir, name="", version="", flush_logs_every_n_steps=1)
+
+
+@rank_zero_only
+def _keep(file: Path) -> None:
+    """Rename a file that exists to the first free number."""
+    if file.exists():
+        names = (file.with_name(f"{file.stem}.{i}{file.suffix}") for i in itertools.count(1))
+        file.rename(next(name for name in names if not name.exists()))
 
 
 def wandb_logger(save_dir: str | Path, project: str = "lit_rlhf", **kwargs: Any) -> WandbLogger:

@@ -21,10 +21,10 @@ from lit_rlhf.models.loading import max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, tokenizer_for
 from lit_rlhf.rewards import RewardFunctions, reward_functions
 from lit_rlhf.rollouts.engines import RolloutEngine
-from lit_rlhf.rollouts.loader import PromptLoader, Row, step_counts
+from lit_rlhf.rollouts.loader import PromptLoader, step_counts
 from lit_rlhf.rollouts.sampler import default_engine, sample_and_score
 from lit_rlhf.rollouts.state import LoopState, check_resumable, check_same_model, rewind_to_step
-from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, SamplingConfig, ScoredRollout
+from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Row, SamplingConfig, ScoredRollout
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 RewardFunction = Callable[..., Any]

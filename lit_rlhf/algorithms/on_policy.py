@@ -19,8 +19,8 @@ from lit_rlhf.algorithms.on_policy_stats import ON_POLICY_STATS, rollout_stats, 
 from lit_rlhf.functional import kl_estimate
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss
-from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, Row, permutation
-from lit_rlhf.types import Experience, PromptBatch, ScoredRollout
+from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, permutation
+from lit_rlhf.types import Experience, PromptBatch, Row, ScoredRollout
 
 _SCALAR_LOSS = (
     "the policy loss returns a scalar, which is used as it is: with micro-batches or ranks of unequal lengths their "

@@ -16,13 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_rlhf.rollouts.random import mix_seed
-from lit_rlhf.types import CompletionBatch, Experience, PromptBatch
+from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Row
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.base import RLHFModule
     from lit_rlhf.algorithms.on_policy import OnPolicyModule
 
-Row = dict[str, Any]
 Batch = TypeVar("Batch", Experience, CompletionBatch)
 
 
