@@ -208,13 +208,14 @@ def test_a_default_run_shows_at_most_60_values(name):
 
 @pytest.mark.parametrize("name", ["grpo", "dapo"])
 def test_the_built_in_model_brings_its_preset_and_the_command_line_wins(name):
-    preset = OmegaConf.load(conf_dir() / "preset" / f"tiny_{name}.yaml")
+    preset = OmegaConf.load(conf_dir() / "preset" / f"arithmetic_tiny_{name}.yaml")
     assert config_of(f"algo={name}").trainer.max_epochs == preset.trainer.max_epochs
     assert config_of(f"algo={name}", "trainer.max_epochs=7").trainer.max_epochs == 7
     assert config_of(f"algo={name}", "algo.group_size=3").algo.group_size == 3
-    other = config_of(f"algo={name}", "model.path=somewhere")
-    assert other.trainer.max_epochs != preset.trainer.max_epochs
-    assert set(other.algo) == {"_target_"}
+    for own in ("model.path=somewhere", "data.path=somewhere"):
+        other = config_of(f"algo={name}", own)
+        assert other.trainer.max_epochs != preset.trainer.max_epochs
+        assert (set(other.algo), set(other.rollout)) == ({"_target_"}, {"_target_"})
 
 
 def test_the_configuration_lies_in_the_checkout_or_in_the_package():
