@@ -82,8 +82,7 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
     """
     groups = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in conf_dir().iterdir() if d.is_dir()}
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
-    given = {argument.split("=")[0] for argument in arguments}
-    implied = [choice for key, choice in _IMPLIED.items() if key in given and choice.split("=")[0] not in given]
+    implied = _implied({key.lstrip("+"): value for key, _, value in (a.partition("=") for a in arguments)})
     prepared = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         key, equals, value = argument.partition("=")
@@ -106,6 +105,20 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
             argument = f"{key}={_quoted(value)}"
         prepared.append(f"++{argument}" if "." in key and key[0] != "+" else argument)
     return implied + prepared
+
+
+def _implied(given: Mapping[str, str]) -> list[str]:
+    """The overrides that follow from those a user gave: a path's group, and one limit of the run instead of two."""
+    implied = [choice for key, choice in _IMPLIED.items() if key in given and choice.split("=")[0] not in given]
+    if given.get("trainer.max_steps", "-1") == "-1":
+        return implied
+    epochs = given.get("trainer.max_epochs", "-1")
+    if epochs not in ("-1", "null"):
+        raise InputError(
+            f"trainer.max_steps={given['trainer.max_steps']} and trainer.max_epochs={epochs} both limit the run; "
+            "leave one of them out"
+        )
+    return [*implied, "++trainer.max_epochs=-1"] if "trainer.max_epochs" not in given else implied
 
 
 def _quoted(path: str) -> str:

@@ -19,7 +19,7 @@ from tests.helpers import NumberTokenizer, build, sum_of_ids, tiny_model
 from tests.runs import config_of
 
 YAML = sorted(conf_dir().rglob("*.yaml"))
-GROUPS = sorted({(file.parent.name, file.stem) for file in YAML if file.parent != conf_dir()})
+GROUPS = sorted({(file.parent.name, file.stem) for file in YAML if file.parent.parent == conf_dir()})
 ALGORITHMS = [name for group, name in GROUPS if group == "algo"]
 
 
@@ -239,6 +239,9 @@ def test_the_configuration_lies_in_the_checkout_or_in_the_package():
         (["rollout.stop=['=','\\n']"], ["++rollout.stop=['=','\\n']"]),
         (["+algo.foo=1", "++algo.bar=2", "~trainer.plugins"], ["+algo.foo=1", "++algo.bar=2", "~trainer.plugins"]),
         (["hydra.run.dir=x", "--cfg", "job", "-c", "job"], ["hydra.run.dir=x", "--cfg", "job", "-c", "job"]),
+        (["trainer.max_steps=5"], ["++trainer.max_epochs=-1", "++trainer.max_steps=5"]),
+        (["trainer.max_steps=-1"], ["++trainer.max_steps=-1"]),
+        (["trainer.max_steps=5", "trainer.max_epochs=-1"], ["++trainer.max_steps=5", "++trainer.max_epochs=-1"]),
         (["debug=null", "experiment=tiny_base"], ["experiment=tiny_base"]),
         (["logger=null", "callbacks=null"], ["~logger", "~callbacks"]),
     ],
@@ -246,6 +249,23 @@ def test_the_configuration_lies_in_the_checkout_or_in_the_package():
 def test_a_command_line_becomes_hydras(given, expected):
     expected = expected or ["data=file", "++reward.funcs=[a.b, c.d]", "++data.path='a=b, c.jsonl'"]
     assert prepared(*given) == expected
+
+
+def test_a_run_has_one_limit():
+    """Lightning counts wrongly in a resumed run that has two."""
+    limits = lambda *arguments: [config_of(*arguments).trainer.get(k, -1) for k in ("max_epochs", "max_steps")]  # noqa: E731
+    for preset in ("algo=grpo", "algo=dapo", "algo=sft", "experiment=tiny_base", "debug=tiny"):
+        assert limits(preset, "trainer.max_steps=5") == [-1, 5]
+        assert limits(preset, "trainer.max_epochs=5") == [5, -1]
+    assert limits("debug=tiny", "algo=sft") == [-1, 10]
+    assert limits("debug=tiny") == [1, -1]
+    sentence = "trainer.max_steps=5 and trainer.max_epochs=2 both limit the run; leave one of them out"
+    assert refused(prepared, "trainer.max_steps=5", "trainer.max_epochs=2") == sentence
+
+
+def test_no_yaml_cuts_a_rollout_in_pieces():
+    for algo in ("grpo", "dapo"):
+        assert "limit_train_batches" not in config_of(f"algo={algo}", "debug=tiny").trainer
 
 
 @pytest.mark.parametrize(
