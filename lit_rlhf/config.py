@@ -152,6 +152,11 @@ def check_run(config: Mapping[str, Any]) -> None:
     signature = signature_of(target)
     if signature is not None and not signature.open and not set(_GIVEN) <= set(signature.parameters):
         raise InputError(f"algo._target_={target} is no algorithm: it does not take {', '.join(_GIVEN)}")
+    if (precision := config["trainer"].get("precision")) in ("bf16-true", "16-true"):  # Lightning converts the batches
+        raise InputError(
+            f"trainer.precision={precision} cannot convert these batches; write model.dtype=bfloat16 instead, "
+            "without trainer.precision"
+        )
     for key, instead in _ELSEWHERE.items():
         group, _, name = key.partition(".")
         if name in config[group]:

@@ -419,6 +419,14 @@ def test_what_hydra_lets_pass_is_refused(overrides, sentence):
         ("seed=one", "'seed' must be int, got 'one'"),
         ("threads=0", "threads must be at least 1, or null for one per core, got 0"),
         ("threads=-1", "threads must be at least 1, or null for one per core, got -1"),
+        *[
+            (
+                f"trainer.precision={precision}",
+                f"trainer.precision={precision} cannot convert these batches; write model.dtype=bfloat16 instead, "
+                "without trainer.precision",
+            )
+            for precision in ("bf16-true", "16-true")
+        ],
         ("ckpt_path=3", "'ckpt_path' must be str or null, got 3"),
         ("algo._target_=7", "algo._target_ must be an import path; choose one with algo=..."),
         (
