@@ -272,7 +272,7 @@ class MyDAPO(DAPO):
         print("strength", strength)
 """)
     sizes = ["algo.prompts_per_rollout=8", "algo.group_size=2", "algo.minibatches=2"]
-    loss = ["algo.policy_loss=three_and_a_half", "algo.skip_zero_advantage=false"]
+    loss = ["algo.policy_loss=three_and_a_half"]
     folder = run_folder(fork("plugins=[mine]", *loss, *sizes, *TINY, cwd=here))
     (rollout,) = [row for row in metrics_of(folder) if "loss/policy_loss" in row]
     assert rollout["loss/policy_loss"] == pytest.approx(3.5)

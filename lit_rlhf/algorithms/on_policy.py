@@ -22,6 +22,7 @@ from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_los
 from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, permutation
 from lit_rlhf.types import Experience, PromptBatch, Row, ScoredRollout
 
+_PROPORTIONAL_LOSSES = ("clip", "gspo", "cispo")  # 0 where the advantage is 0
 _SCALAR_LOSS = (
     "the policy loss returns a scalar, which is used as it is: with micro-batches or ranks of unequal lengths their "
     "tokens weigh differently; return [N, T] and algo.loss_agg averages them exactly"
@@ -66,9 +67,9 @@ class OnPolicyModule(RLHFModule):
         mask_truncated: leave completions that were cut off at `max_new_tokens` out of the loss; their rewards
             still count in the group.
         skip_zero_advantage: leave completions of advantage 0, those of groups with equal rewards, out of the
-            forward and backward pass. The gradient is the same, since every built-in loss is proportional to the
-            advantage; the `stability/` metrics then describe the completions that remain. Not with a KL or
-            entropy term, which act on all.
+            forward and backward pass. The gradient is the same, since the built-in losses are proportional to the
+            advantage; the `stability/` metrics then describe the completions that remain. Without effect beside a
+            KL or entropy term or a loss of your own, which may act on all.
         **module: the arguments of `RLHFModule`.
     """
 
@@ -107,7 +108,11 @@ class OnPolicyModule(RLHFModule):
         self.minibatches, self.update_epochs = minibatches, update_epochs
         self.loss_agg, self.kl_coef, self.kl_estimator = loss_agg, kl_coef, kl_estimator
         self.entropy_coef, self.mask_truncated = entropy_coef, mask_truncated
-        self.skip_zero_advantage = skip_zero_advantage
+        own_loss = (
+            self.policy_loss not in _PROPORTIONAL_LOSSES or type(self).compute_loss is not OnPolicyModule.compute_loss
+        )
+        acts_on_all = kl_coef or entropy_coef or own_loss
+        self.skip_zero_advantage = skip_zero_advantage and not acts_on_all
         self.sampling = replace(self.sampling, group_size=group_size)
         check_arguments(self)
         self.prompts: PromptStream | None = None

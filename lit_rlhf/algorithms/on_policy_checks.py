@@ -12,7 +12,6 @@ from lit_rlhf.rollouts.sampler import NO_REWARDS
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.on_policy import OnPolicyModule
 
-PROPORTIONAL_LOSSES = ("clip", "gspo", "cispo")  # 0 where the advantage is 0
 GROUP_ESTIMATORS = ("group_normalize", "rloo")  # meaningless with one sample per prompt
 
 
@@ -28,16 +27,6 @@ def check_arguments(module: OnPolicyModule) -> None:
         raise InputError(
             f"algo.group_size=1: {type(module).__name__} compares the samples of one prompt with each other "
             f"and needs at least 2; 8 is a good start"
-        )
-    if module.skip_zero_advantage and (module.kl_coef or module.entropy_coef):
-        raise InputError(
-            f"algo.skip_zero_advantage=true leaves completions out that algo.kl_coef={module.kl_coef} and "
-            f"algo.entropy_coef={module.entropy_coef} act on; set both to 0 or skip_zero_advantage to false"
-        )
-    if module.skip_zero_advantage and module.policy_loss not in PROPORTIONAL_LOSSES:
-        raise InputError(
-            f"algo.skip_zero_advantage=true needs a loss proportional to the advantage, which cannot be known of "
-            f"algo.policy_loss={module.policy_loss}; use one of {', '.join(PROPORTIONAL_LOSSES)}"
         )
     if module.kl_coef and module.kl_estimator == "k1":
         warnings.warn("algo.kl_estimator=k1 as a loss has zero expected gradient; use k2 or k3", stacklevel=3)

@@ -10,7 +10,6 @@ import torch
 from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.sft import SFT
-from lit_rlhf.errors import InputError
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.types import Experience, SamplingConfig, ScoredRollout
 from tests.helpers import (
@@ -206,10 +205,19 @@ def test_a_batch_without_any_advantage_keeps_a_row_whose_gradient_is_zero():
     assert all((g == 0).all() for g in gradients(module, module.training_step(short)).values())
 
 
-@pytest.mark.parametrize("term", ["kl_coef", "entropy_coef"])
-def test_no_row_is_left_out_of_a_term_that_acts_on_all(term):
-    with pytest.raises(InputError, match=r"skip_zero_advantage=true leaves completions out"):
-        build(GRPO, skip_zero_advantage=True, **{term: 0.1})
+@pytest.mark.parametrize(
+    ("arguments", "skips"),
+    [
+        ({}, True),
+        ({"policy_loss": "gspo"}, True),
+        ({"kl_coef": 0.1}, False),
+        ({"entropy_coef": 0.1}, False),
+        ({"policy_loss": lambda old_logp, logp, advantages, mask: (logp, {})}, False),
+    ],
+)
+def test_no_row_is_left_out_of_a_term_that_acts_on_all(arguments, skips):
+    assert build(GRPO, skip_zero_advantage=True, **arguments).skip_zero_advantage == skips
+    assert not build(GRPO, **arguments).skip_zero_advantage
 
 
 @pytest.mark.parametrize("algorithm", [*ON_POLICY, SFT])

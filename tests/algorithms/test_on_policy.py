@@ -412,7 +412,6 @@ def test_entropy_and_kl_are_only_in_the_loss_when_asked_for():
         ({"betas": (0.9,)}, "algo.betas must be two numbers"),
         ({"betas": (0.9, 1.5)}, "algo.betas must be two numbers"),
         ({"minibatches": 0}, "algo.minibatches must be at least 1"),
-        ({"skip_zero_advantage": True, "policy_loss": lambda old_logp, logp, advantages, mask: (logp, {})}, "proport"),
     ],
 )
 @pytest.mark.parametrize("algorithm", [GRPO, DAPO])
