@@ -15,12 +15,16 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_epochs: rollouts (or passes) between two checkpoints.
+        every_n_train_steps: optimiser steps between two checkpoints, instead.
         **kwargs: of `lightning.pytorch.callbacks.ModelCheckpoint`.
     """
 
-    def __init__(self, every_n_epochs: int = 25, **kwargs: Any) -> None:
+    def __init__(self, every_n_epochs: int | None = 25, every_n_train_steps: int | None = None, **kwargs: Any) -> None:
         defaults = {"save_last": True, "save_on_train_epoch_end": True, "enable_version_counter": False}
-        super().__init__(every_n_epochs=every_n_epochs, **{**defaults, **kwargs})
+        when: dict[str, Any] = {"every_n_epochs": every_n_epochs}
+        if every_n_train_steps is not None:
+            when = {"every_n_train_steps": every_n_train_steps}
+        super().__init__(**when, **{**defaults, **kwargs})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the run, unless it has just been saved."""

@@ -307,7 +307,7 @@ def test_a_run_killed_in_the_middle_of_a_rollout_continues_to_the_same_model(tmp
     (tmp_path / "mortal.py").write_text(MORTAL)
     monkeypatch.syspath_prepend(str(tmp_path))
     sizes = ["prompts_per_rollout=8", "group_size=4", "minibatches=2", "update_epochs=2", "lr_schedule=linear"]
-    saving = ["every_n_epochs=null", "every_n_train_steps=1"]
+    saving = ["every_n_train_steps=1"]
     arguments = ["algo=dapo", "plugins=[mortal]", "algo.policy_loss=mortal", "validate_first=false", *QUIET]
     arguments += [f"algo.{size}" for size in sizes] + [f"callbacks.checkpoint.{when}" for when in saving]
     arguments += ["data.held_out=1", "trainer.max_epochs=4", "trainer.accumulate_grad_batches=2"]
