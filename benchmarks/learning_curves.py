@@ -59,7 +59,11 @@ def draw(runs: dict[tuple[str, int], Path], target: Path) -> None:
         axes.plot(rollouts, sampled, color=COLORS[algo], alpha=0.85, lw=1.6, label=algo.upper() if first else None)
     axes.axhline(0.9, color="0.6", lw=0.8, ls="--")
     axes.text(2, 0.905, "0.90", color="0.4", fontsize=8, va="bottom")
-    axes.set(xlabel="rollouts (256 completions trained on in each)", ylabel="sampled accuracy, held-out problems", ylim=(0.4, 1.0))
+    axes.set(
+        xlabel="rollouts (256 completions each)",
+        ylabel="sampled accuracy, held-out problems",
+        ylim=(0.4, 1.0),
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     axes.set_title("The built-in task, one line per seed", fontsize=10, loc="left")
