@@ -108,15 +108,17 @@ class OnPolicyModule(RLHFModule):
         self.minibatches, self.update_epochs = minibatches, update_epochs
         self.loss_agg, self.kl_coef, self.kl_estimator = loss_agg, kl_coef, kl_estimator
         self.entropy_coef, self.mask_truncated = entropy_coef, mask_truncated
-        own_loss = (
-            self.policy_loss not in _PROPORTIONAL_LOSSES or type(self).compute_loss is not OnPolicyModule.compute_loss
-        )
-        acts_on_all = kl_coef or entropy_coef or own_loss
-        self.skip_zero_advantage = skip_zero_advantage and not acts_on_all
+        self.skip_zero_advantage = skip_zero_advantage and self._proportional_to_advantages
         self.sampling = replace(self.sampling, group_size=group_size)
         check_arguments(self)
         self.prompts: PromptStream | None = None
         self.clock = {"rollout": 0.0, "update": 0.0, "tokens": 0.0}
+
+    @property
+    def _proportional_to_advantages(self) -> bool:
+        """Whether the whole loss is known to be: no KL or entropy term, a built-in loss, the template's terms."""
+        template = type(self).compute_loss is OnPolicyModule.compute_loss
+        return template and self.policy_loss in _PROPORTIONAL_LOSSES and not (self.kl_coef or self.entropy_coef)
 
     # -- the rollout: collect and its hooks -------------------------------------------------------------------------
 

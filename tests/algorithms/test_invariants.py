@@ -220,6 +220,14 @@ def test_no_row_is_left_out_of_a_term_that_acts_on_all(arguments, skips):
     assert not build(GRPO, **arguments).skip_zero_advantage
 
 
+def test_no_row_is_left_out_of_a_loss_that_a_subclass_adds_to():
+    class WithATermOfItsOwn(GRPO):
+        def compute_loss(self, scores, batch):
+            return {**super().compute_loss(scores, batch), "length_loss": scores.logprobs.mean()}
+
+    assert not build(WithATermOfItsOwn, skip_zero_advantage=True).skip_zero_advantage
+
+
 @pytest.mark.parametrize("algorithm", [*ON_POLICY, SFT])
 def test_the_loss_undoes_what_lightning_and_ddp_divide_by(algorithm):
     module, batch = setting(algorithm)
