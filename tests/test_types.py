@@ -107,7 +107,7 @@ def test_concatenated_rows_score_as_they_did():
     parts = [random_experience(lengths=(3, 1), prompt_lengths=(2, 1)), random_experience(seed=3)]
 
     def scored(rows):
-        return score(model, rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask).logprobs
+        return score(model, rows).logprobs
 
     both = scored(concatenate(parts))
     torch.testing.assert_close(both[:2, :3], scored(parts[0]), atol=1e-9, rtol=0)

@@ -7,7 +7,7 @@ from lit_rlhf.functional.advantages import (
     rewards_to_go,
 )
 from lit_rlhf.functional.aggregation import aggregate, aggregation_unit
-from lit_rlhf.functional.kl import approx_kl, kl_estimate
+from lit_rlhf.functional.kl import approx_kl, exact_kl, kl_estimate
 from lit_rlhf.functional.logprobs import token_entropy, token_logprobs
 from lit_rlhf.functional.masked import explained_variance, masked_mean, masked_whiten
 from lit_rlhf.functional.policy_losses import (
@@ -31,6 +31,7 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_value_loss",
     "dpo_loss",
+    "exact_kl",
     "explained_variance",
     "generalized_advantage_estimation",
     "group_normalize",

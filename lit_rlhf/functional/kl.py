@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -37,6 +38,32 @@ def kl_estimate(
     (tensor([ 0.5000, -0.5000]), tensor([0.1250, 0.1250]), tensor([0.1065, 0.1487]))
     """
     return _estimate(logprobs - ref_logprobs.detach(), estimator)
+
+
+def exact_kl(
+    logits: Float[Tensor, "*S V"], ref_logits: Float[Tensor, "*S V"], temperature: float = 1.0
+) -> Float[Tensor, "*S"]:
+    """KL(π‖π_ref) of the next-token distributions, summed over the vocabulary instead of estimated from one token.
+
+        KL = Σ_v π_v·(log π_v − log π_ref,v),    π = softmax(z/τ)
+
+    Its gradient is that of the KL, token by token, with the state distribution held fixed.
+
+    Args:
+        logits: `[N, T, V]`, or flat `[K, V]`, of the policy.
+        ref_logits: the same of the frozen reference; no gradient reaches them.
+        temperature: τ, the sampling temperature.
+
+    >>> import torch
+    >>> exact_kl(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.4, 0.4, 0.2]]).log())
+    tensor([0.0253])
+    """
+    lowest = torch.finfo(torch.float32).min  # −inf: a token forbidden in both adds 0 and not NaN
+    logp, logq = (
+        (z if z.dtype == torch.float64 else z.float()).div(temperature).clamp(min=lowest).log_softmax(-1)
+        for z in (logits, ref_logits.detach())
+    )
+    return (logp.exp() * (logp - logq)).sum(-1)
 
 
 def approx_kl(

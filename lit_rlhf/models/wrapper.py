@@ -1,38 +1,53 @@
-"""The models that an algorithm trains with, behind one object: policy and reference."""
+"""The models that an algorithm trains with, behind one object: policy, reference and value function."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.heads import ScalarHead
 from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer, prepare_tokenizer, vocabulary_size
-from lit_rlhf.models.scoring import Scores, score
+from lit_rlhf.models.scoring import Scores, Values, score, score_values
 from lit_rlhf.types import CompletionBatch, Rollout
 
+ValueKind = Literal["none", "shared", "separate"]
 _LARGEST_PADDING = 127  # embeddings are padded to a multiple of 64 or 128
 
 
 class PolicyReferenceValue(nn.Module):
-    """Policy and frozen reference of one training run; the value function comes with the critic algorithms.
+    """Policy, frozen reference and value function of one training run.
 
     Args:
         policy: any Hugging Face causal language model, or the name or path of one. Its dropout is set to 0.
         reference: keep a frozen copy of the policy as it is now. Without it no second model is held.
+        value: `"none"`; `"shared"`, a head on the policy's own hidden states; or `"separate"`, a copy of the policy's
+            trunk with a head.
+        value_std: of the head's initial weights; 0 begins with a value of 0 everywhere.
 
     The reference stays in eval mode and without gradients whatever Lightning or a caller does.
     """
 
-    def __init__(self, policy: nn.Module | str | Path, *, reference: bool = False) -> None:
+    def __init__(
+        self,
+        policy: nn.Module | str | Path,
+        *,
+        reference: bool = False,
+        value: ValueKind = "none",
+        value_std: float = 0.0,
+    ) -> None:
         super().__init__()
         self.policy: Any = disable_dropout(policy) if isinstance(policy, nn.Module) else load_causal_lm(policy)
         self.policy.train()
         self.reference: Any = copy.deepcopy(self.policy).requires_grad_(False).eval() if reference else None
+        self.value_trunk: Any = copy.deepcopy(self.policy.base_model) if value == "separate" else None
+        self.value_head = None if value == "none" else ScalarHead(self.policy, value_std)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode of everything but the reference."""
@@ -41,16 +56,54 @@ class PolicyReferenceValue(nn.Module):
             self.reference.eval()
         return self
 
-    def score(self, batch: Rollout | CompletionBatch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
-        """Log-probs `[N, T]` (and entropy) of the batch's completions under the policy, with gradient."""
-        return _score(self.policy, batch, temperature, entropy)
+    @property
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Parameters that serve the value function alone."""
+        owners = [m for m in (self.value_trunk, self.value_head) if m is not None]
+        return [p for m in owners for p in m.parameters() if p.requires_grad]
+
+    def score(
+        self,
+        rows: Rollout | CompletionBatch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        exact_kl: bool = False,
+        values: bool = False,
+    ) -> Scores:
+        """Log-probs `[N, T]` of the rows' completions under the policy, with gradient; see `scoring.score`.
+
+        Args:
+            rows: N prompts and completions.
+            temperature: the sampling temperature.
+            entropy: also the entropy.
+            exact_kl: also the KL to the reference, summed over the vocabulary.
+            values: also the value function; a shared one reads the same forward pass.
+        """
+        reference = self._reference() if exact_kl else None
+        head = self.value_head if values and self.value_trunk is None else None
+        scores = score(self.policy, rows, temperature=temperature, entropy=entropy, reference=reference, head=head)
+        if values and head is None:
+            scores = replace(scores, values=self.score_values(rows).values)
+        return scores
 
     @torch.no_grad()
-    def score_reference(self, batch: Rollout | CompletionBatch, *, temperature: float = 1.0) -> Scores:
-        """Log-probs `[N, T]` of the batch's completions under the frozen reference."""
+    def score_reference(self, rows: Rollout | CompletionBatch, *, temperature: float = 1.0) -> Scores:
+        """Log-probs `[N, T]` of the rows' completions under the frozen reference."""
+        return score(self._reference(), rows, temperature=temperature)
+
+    def score_values(self, rows: Rollout | CompletionBatch) -> Values:
+        """The value function before each token `[N, T]` and after the last one `[N]`, with gradient."""
+        if self.value_head is None:
+            raise RuntimeError("there is no value function; build PolicyReferenceValue(..., value='shared')")
+        trunk = self.policy.base_model if self.value_trunk is None else self.value_trunk
+        return score_values(trunk, self.value_head, rows)
+
+    def _reference(self) -> nn.Module:
         if self.reference is None:
             raise RuntimeError("there is no reference model; build PolicyReferenceValue(..., reference=True)")
-        return _score(self.reference, batch, temperature, entropy=False)
+        reference: nn.Module = self.reference
+        return reference
 
 
 def tokenizer_for(policy: nn.Module | str | Path, tokenizer: Any = None) -> Any:
@@ -81,16 +134,4 @@ def _check_vocabulary(policy: nn.Module | str | Path, tokenizer: Any) -> None:
     raise InputError(
         f"tokenizer: it has {known} tokens, EOS is {tokenizer.eos_token_id}, and the model's vocabulary has {size}: "
         "give the model's own tokenizer, or resize the model's embeddings"
-    )
-
-
-def _score(model: nn.Module, batch: Rollout | CompletionBatch, temperature: float, entropy: bool) -> Scores:
-    return score(
-        model,
-        batch.prompt_ids,
-        batch.prompt_mask,
-        batch.response_ids,
-        batch.response_mask,
-        temperature=temperature,
-        entropy=entropy,
     )

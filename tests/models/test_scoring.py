@@ -11,7 +11,7 @@ from lit_rlhf.data.modules import RowsDataModule
 from lit_rlhf.models.scoring import score
 from lit_rlhf.models.wrapper import PolicyReferenceValue
 from lit_rlhf.rollouts.engines import TransformersEngine
-from lit_rlhf.types import SamplingConfig
+from lit_rlhf.types import CompletionBatch, SamplingConfig
 from tests.helpers import (
     EOS,
     KINDS,
@@ -31,7 +31,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 
 
 def scored(model, rows, **keywords):
-    return score(model, rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask, **keywords)
+    return score(model, rows, **keywords)
 
 
 def parameter_gradients(model, loss):
@@ -120,7 +120,7 @@ def test_what_stands_in_padded_cells_does_not_matter():
         rows.prompt_ids.masked_fill(~rows.prompt_mask, -100),
         rows.response_ids.masked_fill(~rows.response_mask, 10**9),
     )
-    found = score(model, garbage[0], rows.prompt_mask, garbage[1], rows.response_mask).logprobs
+    found = score(model, CompletionBatch(garbage[0], rows.prompt_mask, garbage[1], rows.response_mask)).logprobs
     torch.testing.assert_close(found, scored(model, rows).logprobs, atol=0, rtol=0)
 
 
@@ -129,14 +129,15 @@ def test_tool_tokens_are_attended_to_and_not_scored():
     prompt, response = torch.tensor([[5, 6, 7]]), torch.tensor([[10, 11, 12, 13, 14, 15]])
     mask = torch.tensor([[True, True, False, False, True, False]])  # two tool tokens; the last is padding
 
-    found = score(model, prompt, torch.ones_like(prompt).bool(), response, mask, entropy=True)
+    found = score(model, CompletionBatch(prompt, torch.ones_like(prompt).bool(), response, mask), entropy=True)
 
     z = model(torch.cat([prompt, response[:, :5]], 1)).logits[0].log_softmax(-1)
     zero = torch.zeros((), dtype=torch.float64)
     expected = torch.stack([z[2, 10], z[3, 11], zero, zero, z[6, 14], zero])
     torch.testing.assert_close(found.logprobs[0], expected, atol=1e-9, rtol=0)
     assert (found.entropy[0] != 0).tolist() == mask[0].tolist()
-    other = score(model, prompt, torch.ones_like(prompt).bool(), response.index_fill(1, torch.tensor([3]), 50), mask)
+    changed = response.index_fill(1, torch.tensor([3]), 50)
+    other = score(model, CompletionBatch(prompt, torch.ones_like(prompt).bool(), changed, mask))
     assert abs(other.logprobs[0, 4] - found.logprobs[0, 4]) > 1e-3, "the tool's output was not read"
     assert (other.logprobs[0, :2] == found.logprobs[0, :2]).all(), "an earlier token saw a later one"
 
@@ -159,7 +160,7 @@ def test_only_the_positions_that_predict_a_response_token_get_a_gradient():
     ids = torch.randint(0, 5, (3, P + T))
     masks = mask_of(prompt_lengths, P, left=True), mask_of(lengths, T)
 
-    scores = score(model, ids[:, :P], masks[0], ids[:, P:], masks[1], entropy=True)
+    scores = score(model, CompletionBatch(ids[:, :P], masks[0], ids[:, P:], masks[1]), entropy=True)
     (scores.logprobs.sum() + 0.5 * scores.entropy.sum()).backward()
 
     assert -scores.logprobs[masks[1]].mean().item() == pytest.approx(

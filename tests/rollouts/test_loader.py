@@ -334,7 +334,7 @@ def test_groups_that_dapo_carries_over_are_exactly_one_version_behind():
             model = tiny_model()
             model.load_state_dict(engine.weights[version])
             with torch.no_grad():
-                expected = score(model, rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.response_mask)
+                expected = score(model, rows)
             valid = rows.response_mask
             torch.testing.assert_close(rows.old_logprobs[valid], expected.logprobs[valid], atol=1e-4, rtol=0)
         carried += int((age == 1).sum())

@@ -100,7 +100,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class CompletionBatch(Rows):
-    """Prompts with completions to imitate (SFT). The step counts are those of `Experience`."""
+    """Prompts with completions to imitate (SFT) or to score. The step counts are those of `Experience`."""
 
     prompt_ids: Tensor  # [N, P] int64, left-padded
     prompt_mask: Tensor  # [N, P] bool
@@ -108,6 +108,37 @@ class CompletionBatch(Rows):
     response_mask: Tensor  # [N, T] bool, EOS included
     step_tokens: Tensor | None = None  # []
     step_rows: Tensor | None = None  # []
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(Rows):
+    """Pairs of completions of one prompt, one preferred to the other (DPO, reward models)."""
+
+    prompt_ids: Tensor  # [N, P] int64, left-padded
+    prompt_mask: Tensor  # [N, P] bool
+    chosen_ids: Tensor  # [N, T] int64, right-padded
+    chosen_mask: Tensor  # [N, T] bool, EOS included
+    rejected_ids: Tensor  # [N, T] int64, right-padded; T is the same
+    rejected_mask: Tensor  # [N, T] bool, EOS included
+    ref_chosen: Tensor | None = None  # [N, T] log-probs under the reference, where they were computed beforehand
+    ref_rejected: Tensor | None = None  # [N, T]
+    margin: Tensor | None = None  # [N] by how much the chosen one is better
+    step_tokens: Tensor | None = None  # []
+    step_rows: Tensor | None = None  # [] pairs of the optimiser step
+
+    @property
+    def response_mask(self) -> Tensor:
+        """`[N, T]` bool, the cells that either completion fills: what a step's counts are taken from."""
+        return self.chosen_mask | self.rejected_mask
+
+    def completions(self) -> CompletionBatch:
+        """The 2N completions as rows of one batch: all the chosen ones, then all the rejected ones."""
+        return CompletionBatch(
+            torch.cat([self.prompt_ids] * 2),
+            torch.cat([self.prompt_mask] * 2),
+            torch.cat([self.chosen_ids, self.rejected_ids]),
+            torch.cat([self.chosen_mask, self.rejected_mask]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +149,7 @@ class Rollout(Rows):
     prompt_mask: Tensor  # [N, P] bool
     response_ids: Tensor  # [N, T] int64, right-padded
     response_mask: Tensor  # [N, T] bool
-    behavior_logprobs: Tensor  # [N, T] float32, of the distribution sampled from
+    behavior_logprobs: Tensor  # [N, T] float32, of the distribution sampled from; [N] where only their sum is known
     truncated: Tensor  # [N] bool, ended by max_new_tokens and not by EOS or a stop token
     group_ids: Tensor  # [N] int64, rows of one prompt share one id
     version: Tensor  # [N] int64, rollouts the sampling weights had been trained on
@@ -157,6 +188,8 @@ class ScoredRollout(Rollout):
     old_logprobs: Tensor  # [N, T] under the policy at the start of the update phase
     ref_logprobs: Tensor | None = None  # [N, T] under the reference
     values: Tensor | None = None  # [N, T] before emitting token t
+    bootstrap: Tensor | None = None  # [N] value after the last token of a row that was cut off, 0 of a row that ended
+    baseline: Tensor | None = None  # [N] reward of another completion of the same prompt (ReMax)
 
 
 @dataclass(frozen=True, kw_only=True)
