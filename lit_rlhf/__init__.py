@@ -14,6 +14,16 @@ _HOMES = {
     "SFT": "lit_rlhf.algorithms.sft",
     "GRPO": "lit_rlhf.algorithms.grpo",
     "DAPO": "lit_rlhf.algorithms.dapo",
+    "PPO": "lit_rlhf.algorithms.ppo",
+    "ConservativePPO": "lit_rlhf.algorithms.conservative_ppo",
+    "DrGRPO": "lit_rlhf.algorithms.dr_grpo",
+    "GSPO": "lit_rlhf.algorithms.gspo",
+    "RLOO": "lit_rlhf.algorithms.rloo",
+    "REINFORCE": "lit_rlhf.algorithms.reinforce",
+    "REINFORCEPlusPlus": "lit_rlhf.algorithms.reinforce_pp",
+    "ReMax": "lit_rlhf.algorithms.remax",
+    "CISPO": "lit_rlhf.algorithms.cispo",
+    "ImportanceSampling": "lit_rlhf.algorithms.importance_sampling",
     "OnPolicyModule": "lit_rlhf.algorithms.on_policy",
     "RLHFModule": "lit_rlhf.algorithms.base",
     "PolicyReferenceValue": "lit_rlhf.models.wrapper",
@@ -31,9 +41,19 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.base import RLHFModule as RLHFModule
+    from lit_rlhf.algorithms.cispo import CISPO as CISPO
+    from lit_rlhf.algorithms.conservative_ppo import ConservativePPO as ConservativePPO
     from lit_rlhf.algorithms.dapo import DAPO as DAPO
+    from lit_rlhf.algorithms.dr_grpo import DrGRPO as DrGRPO
     from lit_rlhf.algorithms.grpo import GRPO as GRPO
+    from lit_rlhf.algorithms.gspo import GSPO as GSPO
+    from lit_rlhf.algorithms.importance_sampling import ImportanceSampling as ImportanceSampling
     from lit_rlhf.algorithms.on_policy import OnPolicyModule as OnPolicyModule
+    from lit_rlhf.algorithms.ppo import PPO as PPO
+    from lit_rlhf.algorithms.reinforce import REINFORCE as REINFORCE
+    from lit_rlhf.algorithms.reinforce_pp import REINFORCEPlusPlus as REINFORCEPlusPlus
+    from lit_rlhf.algorithms.remax import ReMax as ReMax
+    from lit_rlhf.algorithms.rloo import RLOO as RLOO
     from lit_rlhf.algorithms.sft import SFT as SFT
     from lit_rlhf.errors import InputError as InputError
     from lit_rlhf.models.wrapper import PolicyReferenceValue as PolicyReferenceValue

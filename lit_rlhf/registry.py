@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 from lit_rlhf import functional as F  # noqa: N812
 from lit_rlhf.errors import InputError
 from lit_rlhf.functional.masked import zero_outside
-from lit_rlhf.functional.policy_losses import policy_ratio, sequence_ratio
+from lit_rlhf.functional.policy_losses import policy_ratio, product_ratio, sequence_ratio
 from lit_rlhf.functional.shaping import terminal_rewards
+from lit_rlhf.ranks import mean_over_ranks, moments_over_ranks
 
 AdvantageEstimator: TypeAlias = Callable[..., tuple[Tensor, "Tensor | None"]]
 PolicyLoss: TypeAlias = Callable[..., tuple[Tensor, dict[str, Any]]]
@@ -30,6 +32,7 @@ _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
 _ADV_ESTIMATORS: dict[str, AdvantageEstimator] = {}
 _POLICY_LOSSES: dict[str, PolicyLoss] = {}
+_WITHOUT_RATIO: list[PolicyLoss] = []
 
 
 def register_adv_estimator(name: str) -> Callable[[_Fn], _Fn]:
@@ -38,17 +41,22 @@ def register_adv_estimator(name: str) -> Callable[[_Fn], _Fn]:
     Raises:
         InputError: when the name is taken.
 
-    >>> @register_adv_estimator("batch_mean")
-    ... def batch_mean(rewards, mask, **kwargs):
+    >>> @register_adv_estimator("centred")
+    ... def centred(rewards, mask, **kwargs):
     ...     return rewards - rewards.mean(), rewards
-    >>> get_adv_estimator("batch_mean") is batch_mean
+    >>> get_adv_estimator("centred") is centred
     True
     """
     return _register(_ADV_ESTIMATORS, "advantage estimator", name)
 
 
-def register_policy_loss(name: str) -> Callable[[_Fn], _Fn]:
+def register_policy_loss(name: str, *, ratio: bool = True) -> Callable[[_Fn], _Fn]:
     """Decorator: make `fn(old_logp, logp, advantages, mask, **kw) -> (loss, metrics)` known as `name`.
+
+    Args:
+        name: what `policy_loss=` will call it.
+        ratio: whether the loss weighs by π/π_old itself; without, as in −A·log π, importance correction has to
+            start from π (see `rollouts.importance`).
 
     Raises:
         InputError: when the name is taken.
@@ -59,11 +67,23 @@ def register_policy_loss(name: str) -> Callable[[_Fn], _Fn]:
     >>> get_policy_loss("plain_ratio") is plain_ratio
     True
     """
-    return _register(_POLICY_LOSSES, "policy loss", name)
+    register = _register(_POLICY_LOSSES, "policy loss", name)
+
+    def decorate(fn: Any) -> Any:
+        if not ratio:
+            _WITHOUT_RATIO.append(fn)
+        return register(fn)
+
+    return decorate
+
+
+def has_ratio(loss: PolicyLoss) -> bool:
+    """Whether a policy loss weighs by π/π_old itself; unless it was registered as one without, it does."""
+    return loss not in _WITHOUT_RATIO
 
 
 def get_adv_estimator(name_or_callable: str | AdvantageEstimator) -> AdvantageEstimator:
-    """Look an estimator up by name; a callable is returned as it is.
+    """Look an estimator up by its registered name or its import path; a callable is returned as it is.
 
     Raises:
         InputError: when no estimator has that name; it says which is nearest.
@@ -72,7 +92,7 @@ def get_adv_estimator(name_or_callable: str | AdvantageEstimator) -> AdvantageEs
 
 
 def get_policy_loss(name_or_callable: str | PolicyLoss) -> PolicyLoss:
-    """Look a policy loss up by name; a callable is returned as it is.
+    """Look a policy loss up by its registered name or its import path; a callable is returned as it is.
 
     Raises:
         InputError: when no loss has that name; it says which is nearest.
@@ -125,8 +145,21 @@ def _look_up(table: dict[str, _Fn], what: str, name: str | _Fn) -> _Fn:
         return name
     if name in table:
         return table[name]
+    if "." in name:
+        imported: _Fn = _imported(what, name)
+        return imported
     near = difflib.get_close_matches(name, table, 1, 0.0)
     raise InputError(f"unknown {what} {name!r}: did you mean {near[0]!r}? registered: {_listed(table)}")
+
+
+def _imported(what: str, path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"{what}: cannot import {path!r} ({error}); give a registered name or an import path"
+        ) from None
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -166,7 +199,10 @@ def _group_normalize(
 ) -> tuple[Tensor, Tensor]:
     """GRPO: `functional.group_normalize` of the row scores, on every valid token."""
     scores = _row_scores(rewards, mask)
-    return _from_groups(scores, F.group_normalize(scores, group_ids, scale_rewards), mask)
+    if scale_rewards != "batch":
+        return _from_groups(scores, F.group_normalize(scores, group_ids, scale_rewards), mask)
+    var = moments_over_ranks(scores, ~scores.isnan())[1].to(scores.dtype)  # of all ranks, which a group never spans
+    return _from_groups(scores, F.group_normalize(scores, group_ids, "none") / (var.sqrt() + 1e-4), mask)
 
 
 @register_adv_estimator("rloo")
@@ -174,6 +210,14 @@ def _rloo(rewards: Tensor, mask: Tensor, group_ids: Tensor) -> tuple[Tensor, Ten
     """RLOO: `functional.leave_one_out` of the row scores, on every valid token."""
     scores = _row_scores(rewards, mask)
     return _from_groups(scores, F.leave_one_out(scores, group_ids), mask)
+
+
+@register_adv_estimator("batch_mean")
+def _batch_mean(rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The row scores minus their mean over all ranks, on every valid token; 0 for a row with a NaN reward."""
+    scores = _row_scores(rewards, mask)
+    mean = mean_over_ranks(scores, ~scores.isnan()).to(scores.dtype)
+    return _from_groups(scores, _without_nan(scores - mean), mask)
 
 
 @register_adv_estimator("gae")
@@ -215,6 +259,16 @@ def _clip(
     return loss, F.clip_statistics(policy_ratio(new, old), adv, clip_ratio_low, clip_ratio_high)
 
 
+def _clipped_by_sequence(fn: Callable[..., Tensor], ratio_of: Callable[..., Tensor], *args: Any) -> Any:
+    """A loss that clips a ratio of the sequence, and the clip statistics of that ratio."""
+    old_logp, logp, advantages, mask, low, high = args
+    stats = F.clip_statistics(
+        zero_outside(ratio_of(logp, old_logp, mask), mask), zero_outside(advantages, mask), low, high
+    )
+    loss = fn(logp, old_logp, advantages, mask, low, high)
+    return loss, {name: zero_outside(value, mask) for name, value in stats.items()}
+
+
 @register_policy_loss("gspo")
 def _gspo(
     old_logp: Tensor,
@@ -225,10 +279,39 @@ def _gspo(
     clip_ratio_high: float = 4e-4,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """GSPO: `functional.gspo_policy_loss`; the clip statistics are those of the sequence ratio."""
-    loss = F.gspo_policy_loss(logp, old_logp, advantages, mask, clip_ratio_low, clip_ratio_high)
-    ratio = zero_outside(sequence_ratio(logp, old_logp, mask), mask)
-    stats = F.clip_statistics(ratio, zero_outside(advantages, mask), clip_ratio_low, clip_ratio_high)
-    return loss, {name: zero_outside(value, mask) for name, value in stats.items()}
+    args = (old_logp, logp, advantages, mask, clip_ratio_low, clip_ratio_high)
+    found: tuple[Tensor, dict[str, Tensor]] = _clipped_by_sequence(F.gspo_policy_loss, sequence_ratio, *args)
+    return found
+
+
+@register_policy_loss("gspo_token")
+def _gspo_token(
+    old_logp: Tensor,
+    logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_ratio_low: float = 3e-4,
+    clip_ratio_high: float = 4e-4,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GSPO-token: `functional.gspo_token_policy_loss`."""
+    args = (old_logp, logp, advantages, mask, clip_ratio_low, clip_ratio_high)
+    found: tuple[Tensor, dict[str, Tensor]] = _clipped_by_sequence(F.gspo_token_policy_loss, sequence_ratio, *args)
+    return found
+
+
+@register_policy_loss("sequence_clip")
+def _sequence_clip(
+    old_logp: Tensor,
+    logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_ratio_low: float = 0.2,
+    clip_ratio_high: float = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """RLOO over several steps: `functional.sequence_clipped_policy_loss`."""
+    args = (old_logp, logp, advantages, mask, clip_ratio_low, clip_ratio_high)
+    found: tuple[Tensor, dict[str, Tensor]] = _clipped_by_sequence(F.sequence_clipped_policy_loss, product_ratio, *args)
+    return found
 
 
 @register_policy_loss("cispo")
@@ -244,3 +327,9 @@ def _cispo(
     old, new, adv = (zero_outside(x, mask) for x in (old_logp, logp, advantages))
     loss = F.cispo_policy_loss(new, old, adv, clip_min, clip_max)
     return loss, F.clip_statistics(policy_ratio(new, old), adv, 1 - clip_min, clip_max - 1)
+
+
+@register_policy_loss("reinforce", ratio=False)
+def _reinforce(old_logp: Tensor, logp: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """REINFORCE, RLOO, ReMax: the score function, −A·log π."""
+    return -zero_outside(advantages, mask).detach() * zero_outside(logp, mask), {}

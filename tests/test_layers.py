@@ -13,6 +13,7 @@ PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (  # lowest first; parts of one layer do not know each other
     {"errors"},
     {"types", "functional", "config"},
+    {"ranks"},
     {"registry"},
     {"metrics", "models", "rewards"},
     {"rollouts", "data"},

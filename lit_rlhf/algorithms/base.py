@@ -16,9 +16,9 @@ from lit_rlhf.algorithms.schedule import DECAY, Schedule, lr_factor, recommended
 from lit_rlhf.data.rows import encode_prompt
 from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
-from lit_rlhf.metrics import MaskedStats
+from lit_rlhf.metrics import Cells, MaskedStats
 from lit_rlhf.models.loading import max_positions
-from lit_rlhf.models.wrapper import PolicyReferenceValue, tokenizer_for
+from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.rewards import RewardFunctions, reward_functions
 from lit_rlhf.rollouts.engines import RolloutEngine
 from lit_rlhf.rollouts.loader import PromptLoader, step_counts
@@ -87,6 +87,8 @@ class RLHFModule(LightningModule):
         validation_samples: int = 1,
         seed: int = 0,
         reference: bool = False,
+        value: ValueKind = "none",
+        value_std: float = 0.0,
     ) -> None:
         super().__init__()
         check_number("algo.lr", 1.0 if lr is None else lr, above=0)
@@ -97,8 +99,9 @@ class RLHFModule(LightningModule):
             raise InputError(f"algo.betas must be two numbers from 0 to below 1, got {list(betas)}")
         check_choice("algo.lr_schedule", lr_schedule, DECAY)
         self.tokenizer = tokenizer_for(policy, tokenizer)
-        self.models = PolicyReferenceValue(policy, reference=reference)
+        self.models = PolicyReferenceValue(policy, reference=reference, value=value, value_std=value_std)
         self.lr = lr or recommended_lr(sum(p.numel() for p in self.models.policy.parameters()))
+        self.value_lr: float | None = None  # of the value function's own parameters; the policy's where None
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.weight_decay, self.betas = weight_decay, (betas[0], betas[1])
         self.validation_samples, self.seed = validation_samples, seed
@@ -187,19 +190,36 @@ class RLHFModule(LightningModule):
             denominator=unit.clamp(min=1),  # a step without a single valid token has a loss of 0, not 0/0
         )
 
-    def total_loss(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Sum the named terms, record them, and scale the sum for Lightning and DDP."""
+    def begin_step(self, batches: Sequence[Any]) -> None:
+        """Look at all micro-batches of an optimiser step on this rank, before the first of them is trained on."""
+
+    def total_loss(self, terms: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
+        """Sum the named terms, record them, and scale the sum for Lightning and DDP.
+
+        Args:
+            terms: scalars, each with its coefficient in it.
+            weights: coefficients to divide by before a term is logged.
+        """
         loss = torch.stack(list(terms.values())).sum()
-        named = {"loss": loss, **terms}
-        self.stats.update({f"loss/{k}": (v.detach() * self.loss_scale, None) for k, v in named.items()})
+        logged = {name: term / ((weights or {}).get(name) or 1) for name, term in terms.items()}
+        self.count({f"loss/{k}": (v.detach() * self.loss_scale, None) for k, v in {"loss": loss, **logged}.items()})
         return loss * self.loss_scale
 
     # -- optimisation ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the trainable parameters, with warm-up and decay per optimiser step."""
-        parameters = [p for p in self.models.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        """AdamW over the trainable parameters, with warm-up and decay per optimiser step.
+
+        One optimiser with two groups: a second one would double Lightning's `global_step`.
+        """
+        of_value = self.models.value_parameters
+        apart = {id(p) for p in of_value}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.models.parameters() if p.requires_grad and id(p) not in apart]}
+        ]
+        if of_value:
+            groups.append({"params": of_value, "lr": self.value_lr or self.lr})
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -221,9 +241,27 @@ class RLHFModule(LightningModule):
         """Record the gradient's norm, before clipping."""
         gradients = [p.grad for p in self.models.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.stats.update({"stability/grad_norm": (norm.detach(), None)})
+        self.count({"stability/grad_norm": (norm.detach(), None)})
 
     # -- metrics and validation --------------------------------------------------------------------------------------
+
+    def count(self, cells: Cells) -> None:
+        """Count `{name: (values, mask)}` for the log; of names that `stats_spec` has not, the mean."""
+        self.stats.extend(cells)
+        self.stats.update(cells)
+
+    def pop_metrics(self) -> dict[str, float]:
+        """All that was counted since the last call or log, reduced over the ranks, by the name after the section.
+
+        For training loops of your own: after `training_step(batch)` it holds `policy_loss`, `approx_kl` and so on.
+        """
+        values = {name.split("/")[-1]: float(value) for name, value in self.derived(self.stats.compute()).items()}
+        self.stats.reset()
+        return values
+
+    def derived(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add what follows from the counted statistics."""
+        return values
 
     def on_train_epoch_end(self) -> None:
         """Log everything once per rollout (or pass): `self.log` in `training_step` costs 0.2 ms a key."""
@@ -231,7 +269,7 @@ class RLHFModule(LightningModule):
 
     def publish(self, stats: MaskedStats, extra: Mapping[str, float] | None = None) -> None:
         """Reduce `stats` over the ranks, hand the values to every logger and the progress bar, and start anew."""
-        values = {name: float(value) for name, value in stats.compute().items()} | dict(extra or {})
+        values = {name: float(value) for name, value in self.derived(stats.compute()).items()} | dict(extra or {})
         stats.reset()
         for logger in self.loggers:
             logger.log_metrics(values, step=self.global_step)
@@ -284,7 +322,7 @@ class RLHFModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save every rank's loop state and half-summed metrics; called on all ranks."""
-        own = {"loop": self.loop.to_plain(), "stats": dict(self.stats.metric_state)}
+        own = {"loop": self.loop.to_plain(), "stats": dict(self.stats.metric_state), "counted": list(self.stats.wanted)}
         ranks: list[Any] = [own]
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * self.world_size
@@ -303,6 +341,7 @@ class RLHFModule(LightningModule):
         own = checkpoint["lit_rlhf"]["ranks"][self.rank]
         self.loop = LoopState.from_plain(own["loop"])
         rewind_to_step(self.loop, checkpoint, self.accumulate)
+        self.stats.extend(own["counted"])
         for name, value in own["stats"].items():
             setattr(self.stats, name, value.to(self.device))
 

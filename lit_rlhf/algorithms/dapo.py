@@ -12,6 +12,7 @@ and when `max_rounds` are used up the batch is completed by groups that weigh no
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -31,6 +32,7 @@ class DAPO(OnPolicyModule):
     Args:
         clip_ratio_low: eps_low; the ratio of a bad completion's token is clipped at 1 - eps_low.
         clip_ratio_high: eps_high; the ratio of a good completion's token is clipped at 1 + eps_high.
+        kl_coef: weight of a KL term; the paper has none.
         loss_agg: the paper's average over all tokens of the step is `"token-mean"`.
         dynamic_sampling: drop groups of equal raw rewards and sample more prompts instead.
         max_rounds: sampling rounds of one rollout at most, the first included.
@@ -52,6 +54,7 @@ class DAPO(OnPolicyModule):
         *,
         clip_ratio_low: float = 0.2,
         clip_ratio_high: float = 0.28,
+        kl_coef: float = 0.0,
         loss_agg: LossAggregation = "token-mean",
         dynamic_sampling: bool = True,
         max_rounds: int = 4,
@@ -60,7 +63,7 @@ class DAPO(OnPolicyModule):
     ) -> None:
         self.clip_ratio_low, self.clip_ratio_high = clip_ratio_low, clip_ratio_high
         self.dynamic_sampling, self.max_rounds, self.overlong_buffer = dynamic_sampling, max_rounds, overlong_buffer
-        super().__init__(loss_agg=loss_agg, **on_policy)
+        super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
         check_number("algo.clip_ratio_low", clip_ratio_low, at_least=0)
         check_number("algo.clip_ratio_high", clip_ratio_high, at_least=0)
         check_number("algo.max_rounds", max_rounds, at_least=1)
@@ -79,7 +82,7 @@ class DAPO(OnPolicyModule):
         more = lambda count: self.sample_recorded(self.draw_prompts(count))  # noqa: E731
         filled = refill(rollout, self.loop.carried, more, len(prompts), self.group_size, rounds)
         self.loop.carried = filled.surplus
-        self.stats.update(
+        self.count(
             {
                 "rollout/dynamic_sampling_rounds": (float(filled.rounds), None),
                 "rollout/filler_fraction": (filled.filler.float(), None),
@@ -89,7 +92,7 @@ class DAPO(OnPolicyModule):
 
     def shape_rewards(self, rollout: ScoredRollout) -> Tensor:
         """Add the soft overlong penalty (eq. 13); the filter above has seen the raw reward."""
-        rewards = super().shape_rewards(rollout)
-        if not self.overlong_buffer:
-            return rewards
-        return rewards + overlong_penalty(rollout.lengths, self.sampling.max_new_tokens, self.overlong_buffer)
+        if self.overlong_buffer:
+            penalty = overlong_penalty(rollout.lengths, self.sampling.max_new_tokens, self.overlong_buffer)
+            rollout = replace(rollout, rewards=rollout.rewards + penalty)
+        return super().shape_rewards(rollout)

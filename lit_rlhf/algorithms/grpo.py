@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
-from lit_rlhf.errors import InputError, check_choice, check_number
+from lit_rlhf.errors import check_choice, check_number
 
 
 class GRPO(OnPolicyModule):
@@ -26,9 +26,10 @@ class GRPO(OnPolicyModule):
     Args:
         clip_ratio_low: eps below 1.
         clip_ratio_high: eps above 1.
+        kl_coef: beta, weight of the KL term; with 0 no reference model is held.
         scale_rewards: divide by the group's standard deviation (`"std"`), the batch's (`"batch"`) or nothing.
         loss_agg: the paper's 1/|o_i| average is `"seq-mean-token-mean"`.
-        **on_policy: the arguments of `OnPolicyModule`; `kl_coef` is the paper's beta.
+        **on_policy: the arguments of `OnPolicyModule`.
     """
 
     advantage_estimator = "group_normalize"
@@ -41,17 +42,12 @@ class GRPO(OnPolicyModule):
         clip_ratio_low: float = 0.2,
         clip_ratio_high: float = 0.2,
         scale_rewards: Literal["std", "none", "batch"] = "std",
+        kl_coef: float = 0.0,
         loss_agg: LossAggregation = "seq-mean-token-mean",
         **on_policy: Unpack[OnPolicyArgs],
     ) -> None:
         self.clip_ratio_low, self.clip_ratio_high, self.scale_rewards = clip_ratio_low, clip_ratio_high, scale_rewards
         check_choice("algo.scale_rewards", scale_rewards, ("std", "none", "batch"))
-        super().__init__(loss_agg=loss_agg, **on_policy)
+        super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
         check_number("algo.clip_ratio_low", clip_ratio_low, at_least=0)
         check_number("algo.clip_ratio_high", clip_ratio_high, at_least=0)
-
-    def setup(self, stage: str) -> None:
-        """Refuse what is not exact over ranks."""
-        super().setup(stage)
-        if self.scale_rewards == "batch" and self.world_size > 1:
-            raise InputError("algo.scale_rewards=batch sees one device's rewards only; use std or none on several")

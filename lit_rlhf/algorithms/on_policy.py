@@ -7,22 +7,42 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation, ModuleArgs, RLHFModule
+from lit_rlhf.algorithms.kl_penalty import KLPenalty, Place
 from lit_rlhf.algorithms.on_policy_checks import check_arguments, check_loop
-from lit_rlhf.algorithms.on_policy_stats import ON_POLICY_STATS, rollout_stats, sample_stats, update_stats
-from lit_rlhf.functional import kl_estimate
+from lit_rlhf.algorithms.on_policy_stats import (
+    ON_POLICY_STATS,
+    explained,
+    loss_stats,
+    rollout_stats,
+    sample_stats,
+    update_stats,
+)
+from lit_rlhf.errors import check_choice
+from lit_rlhf.functional import clipped_value_loss
+from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.models.scoring import Scores
-from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss
-from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader, permutation
+from lit_rlhf.models.wrapper import ValueKind
+from lit_rlhf.ranks import mean_over_ranks, sum_over_ranks, whiten_over_ranks
+from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss, has_ratio
+from lit_rlhf.rollouts.importance import ImportanceCorrection, Level
+from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader
 from lit_rlhf.types import Experience, PromptBatch, Row, ScoredRollout
 
-_PROPORTIONAL_LOSSES = ("clip", "gspo", "cispo")  # 0 where the advantage is 0
+_PROPORTIONAL_LOSSES = (
+    "clip",
+    "gspo",
+    "gspo_token",
+    "cispo",
+    "sequence_clip",
+    "reinforce",
+)  # 0 where the advantage is 0
 _SCALAR_LOSS = (
     "the policy loss returns a scalar, which is used as it is: with micro-batches or ranks of unequal lengths their "
     "tokens weigh differently; return [N, T] and algo.loss_agg averages them exactly"
@@ -35,22 +55,39 @@ class OnPolicyArgs(ModuleArgs, total=False):
     lr: float | None
     group_size: int
     prompts_per_rollout: int
-    minibatches: int
-    update_epochs: int
+    minibatches: int | None
+    update_epochs: int | None
     advantage_estimator: str | Callable[..., Any] | None
     policy_loss: str | Callable[..., Any] | None
-    kl_coef: float
-    kl_estimator: str
+    kl_in: Place | None
+    kl_estimator: str | None
+    kl_unbiased: bool
+    kl_target: float | None
+    kl_horizon: int
+    target_kl: float | None
     entropy_coef: float
+    entropy: Literal["full", "none"]
+    whiten_advantages: bool | None
+    value: ValueKind | None
+    value_coef: float
+    value_clip: float | None
+    value_lr: float | None
+    truncation_penalty: float
+    bootstrap_truncated: bool
     mask_truncated: bool
+    importance_correction: Level | None
+    importance_clip_min: float
+    importance_clip_max: float
+    staleness_decay: float
     skip_zero_advantage: bool
 
 
 class OnPolicyModule(RLHFModule):
     """Template of the on-policy algorithms. One fit epoch is one rollout.
 
-    A subclass names its `advantage_estimator` and `policy_loss` and overrides the hooks it changes:
-    `shape_rewards`, `compute_advantages`, `compute_loss`.
+    A subclass states as class attributes what its paper says (`advantage_estimator`, `policy_loss`, `kl_in`, ...;
+    arguments of the same name replace them) and overrides the hooks it changes: `shape_rewards`,
+    `compute_advantages`, `compute_loss`.
 
     Args:
         lr: AdamW's peak learning rate; by default `recommended_lr` of the policy's size.
@@ -58,23 +95,48 @@ class OnPolicyModule(RLHFModule):
         prompts_per_rollout: prompts of one rollout, over all ranks.
         minibatches: optimiser steps per pass over a rollout.
         update_epochs: passes over a rollout.
-        advantage_estimator: a registered name or a function `(rewards, mask, **named) -> (advantages, returns)`.
-        policy_loss: a registered name or a function `(old_logp, logp, advantages, mask, **named) -> (loss, metrics)`.
+        advantage_estimator: a registered name, an import path or a function
+            `(rewards, mask, **named) -> (advantages, returns)`.
+        policy_loss: the same for `(old_logp, logp, advantages, mask, **named) -> (loss, metrics)`.
         loss_agg: how per-token losses are averaged, see `functional.aggregate`.
-        kl_coef: weight of the KL to the reference in the loss. With 0 no reference model is held.
-        kl_estimator: `"k1"`, `"k2"` or `"k3"`, see `functional.kl_estimate`.
+        kl_coef: beta, weight of the KL to the reference. With 0 no reference model is held.
+        kl_in: `"reward"`, `"loss"` or `"both"`; see `KLPenalty` for this and the next four.
+        kl_estimator: `"k1"`, `"k2"`, `"k3"` or `"full"`; by default k1 in the reward and k3 in the loss.
+        kl_unbiased: multiply the loss's estimate by the policy's ratio.
+        kl_target: nats per completion; makes beta adaptive.
+        kl_horizon: completions over which beta adapts.
+        target_kl: an optimiser step before which the policy has moved by more than 1.5 times this (k3 to the old
+            policy, nats per token) is not taken, and neither are the rollout's remaining ones.
         entropy_coef: weight of the entropy bonus.
-        mask_truncated: leave completions that were cut off at `max_new_tokens` out of the loss; their rewards
-            still count in the group.
+        entropy: `"none"` leaves the metric out, and the memory it takes.
+        whiten_advantages: to mean 0 and variance 1 over the rollout's tokens on all ranks; returns stay as they are.
+        value: the value function: `"none"`, `"shared"` (a head on the policy) or `"separate"` (a model of its own).
+        value_coef: weight of the value loss.
+        value_clip: how far from the rollout's value the new one counts; None for no clip.
+        value_lr: learning rate of the value function's own parameters; by default the policy's.
+        truncation_penalty: taken from the reward of a completion that was cut off at `max_new_tokens`.
+        bootstrap_truncated: a completion that was cut off goes on to earn its last value, instead of ending there.
+        mask_truncated: leave completions that were cut off out of the loss; their rewards still count in the group.
+        importance_correction: `"auto"` for stale rows alone, `"token"`, `"sequence"` or `"none"`; see
+            `rollouts.importance` for this and the next three.
+        importance_clip_min: least importance weight.
+        importance_clip_max: greatest importance weight.
+        staleness_decay: factor per rollout of staleness.
         skip_zero_advantage: leave completions of advantage 0, those of groups with equal rewards, out of the
             forward and backward pass. The gradient is the same, since the built-in losses are proportional to the
             advantage; the `stability/` metrics then describe the completions that remain. Without effect beside a
-            KL or entropy term or a loss of your own, which may act on all.
+            KL, entropy or value term or a loss of your own, which may act on all.
         **module: the arguments of `RLHFModule`.
     """
 
     advantage_estimator: Any = "group_normalize"
     policy_loss: Any = "clip"
+    kl_in: Place = "loss"
+    value: ValueKind = "none"
+    whiten_advantages: bool = False
+    importance_correction: Level = "auto"
+    minibatches: int = 1
+    update_epochs: int = 1
     hyper_parameters: ClassVar[tuple[str, ...]] = ()  # the subclass's own, offered by name to estimator and loss
     progress_keys = ("reward/reward_mean", "reward/accuracy", "stability/entropy")
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = ON_POLICY_STATS
@@ -85,40 +147,80 @@ class OnPolicyModule(RLHFModule):
         lr: float | None = None,
         group_size: int = 8,
         prompts_per_rollout: int = 32,
-        minibatches: int = 1,
-        update_epochs: int = 1,
+        minibatches: int | None = None,
+        update_epochs: int | None = None,
         advantage_estimator: str | Callable[..., Any] | None = None,
         policy_loss: str | Callable[..., Any] | None = None,
         loss_agg: LossAggregation = "token-mean",
         kl_coef: float = 0.0,
-        kl_estimator: str = "k3",
+        kl_in: Place | None = None,
+        kl_estimator: str | None = None,
+        kl_unbiased: bool = False,
+        kl_target: float | None = None,
+        kl_horizon: int = 10_000,
+        target_kl: float | None = None,
         entropy_coef: float = 0.0,
+        entropy: Literal["full", "none"] = "full",
+        whiten_advantages: bool | None = None,
+        value: ValueKind | None = None,
+        value_coef: float = 0.5,
+        value_clip: float | None = 0.2,
+        value_lr: float | None = None,
+        truncation_penalty: float = 0.0,
+        bootstrap_truncated: bool = False,
         mask_truncated: bool = False,
+        importance_correction: Level | None = None,
+        importance_clip_min: float = 0.5,
+        importance_clip_max: float = 2.0,
+        staleness_decay: float = 0.99,
         skip_zero_advantage: bool = False,
         **module: Unpack[ModuleArgs],
     ) -> None:
-        super().__init__(**module, lr=lr, reference=kl_coef != 0)
-        self.advantage_estimator = advantage_estimator or type(self).advantage_estimator
-        self.policy_loss = policy_loss or type(self).policy_loss
+        of_the_paper: dict[str, Any] = {
+            "minibatches": minibatches,
+            "update_epochs": update_epochs,
+            "advantage_estimator": advantage_estimator,
+            "policy_loss": policy_loss,
+            "kl_in": kl_in,
+            "whiten_advantages": whiten_advantages,
+            "value": value,
+            "importance_correction": importance_correction,
+        }
+        chosen = {name: getattr(type(self), name) if v is None else v for name, v in of_the_paper.items()}
+        check_choice("algo.value", chosen["value"], ("none", "shared", "separate"))
+        reference = kl_coef != 0 or self.needs_reference
+        super().__init__(**module, lr=lr, reference=reference, value=chosen["value"])
+        for name, choice in chosen.items():
+            setattr(self, name, choice)
         self._estimate, self._policy_loss = (
             get_adv_estimator(self.advantage_estimator),
             get_policy_loss(self.policy_loss),
         )
         self.group_size, self.prompts_per_rollout = group_size, prompts_per_rollout
-        self.minibatches, self.update_epochs = minibatches, update_epochs
-        self.loss_agg, self.kl_coef, self.kl_estimator = loss_agg, kl_coef, kl_estimator
-        self.entropy_coef, self.mask_truncated = entropy_coef, mask_truncated
+        self.loss_agg, self.kl_coef, self.target_kl = loss_agg, kl_coef, target_kl
+        self.kl = KLPenalty(kl_coef, self.kl_in, kl_estimator, kl_unbiased, kl_target, kl_horizon)
+        self.entropy_coef, self.entropy = entropy_coef, entropy
+        self.value_coef, self.value_clip, self.value_lr = value_coef, value_clip, value_lr
+        self.truncation_penalty, self.bootstrap_truncated = truncation_penalty, bootstrap_truncated
+        self.mask_truncated = mask_truncated
+        self.importance = ImportanceCorrection(
+            self.importance_correction, importance_clip_min, importance_clip_max, staleness_decay
+        )
         self.skip_zero_advantage = skip_zero_advantage and self._proportional_to_advantages
         self.sampling = replace(self.sampling, group_size=group_size)
         check_arguments(self)
         self.prompts: PromptStream | None = None
         self.clock = {"rollout": 0.0, "update": 0.0, "tokens": 0.0}
+        self._moved = torch.zeros(2)  # of the optimiser step so far: sum of k3 to the old policy, tokens
+
+    needs_reference: ClassVar[bool] = False  # also without a KL coefficient
 
     @property
     def _proportional_to_advantages(self) -> bool:
-        """Whether the whole loss is known to be: no KL or entropy term, a built-in loss, the template's terms."""
+        """Whether the whole loss is known to be: the template's terms, a built-in loss, no KL, entropy or value."""
         template = type(self).compute_loss is OnPolicyModule.compute_loss
-        return template and self.policy_loss in _PROPORTIONAL_LOSSES and not (self.kl_coef or self.entropy_coef)
+        other_terms = self.kl.in_loss or self.entropy_coef or self.value != "none"
+        return template and self.policy_loss in _PROPORTIONAL_LOSSES and not other_terms
 
     # -- the rollout: collect and its hooks -------------------------------------------------------------------------
 
@@ -130,19 +232,16 @@ class OnPolicyModule(RLHFModule):
             prompts: B prompts of this rank.
 
         Returns:
-            N = B * group_size rows with `old_logprobs`, `ref_logprobs` (if there is a reference), `rewards`
-            and `advantages`. Called by the loader, without gradients.
+            N = B * group_size rows with `old_logprobs`, `ref_logprobs` (if there is a reference), `values` (if there is
+            a value function), `rewards`, `advantages` and `returns`. Called by the loader, without gradients.
         """
         started = time.perf_counter()
+        self.loop.numbers.pop("stopped", None)
         with self._precision():
             rollout = self.score_rollout(self.gather(prompts))
-        rollout = replace(rollout, rewards=self.shape_rewards(rollout))
-        advantages, returns = self.compute_advantages(rollout)
-        mask = rollout.response_mask & ~(rollout.truncated.unsqueeze(1) & self.mask_truncated)
-        kept = {f.name: getattr(rollout, f.name) for f in fields(rollout)} | {"response_mask": mask}
-        self.stats.update(rollout_stats(rollout, self.loop.iteration))
+        experience = self.experience(rollout)
         self.clock["rollout"] += time.perf_counter() - started
-        return Experience(**kept, advantages=advantages, returns=returns)
+        return experience
 
     def gather(self, prompts: PromptBatch) -> ScoredRollout:
         """The samples of one rollout: those of `prompts`. Dynamic sampling replaces some of them."""
@@ -151,24 +250,48 @@ class OnPolicyModule(RLHFModule):
     def sample_recorded(self, prompts: PromptBatch) -> ScoredRollout:
         """`sample`, counted in the rollout's metrics."""
         sampled = self.sample(prompts)
-        self.stats.update(sample_stats(sampled, self.accuracy(sampled)))
+        self.count(sample_stats(sampled, self.accuracy(sampled)))
         self.clock["tokens"] += float(sampled.lengths.sum())
         return sampled
 
     def score_rollout(self, rollout: ScoredRollout) -> ScoredRollout:
-        """Add the log-probs at the start of the update phase, and the reference's.
+        """Add what the update starts from: the policy's log-probs, the reference's, and the values.
 
         The sampler's own log-probs are those of the policy where the weights are the same, the distribution is
-        not cut off by top-p or top-k, and both compute in float32. Otherwise the policy scores the rows again.
-        Rows that dynamic sampling carried over then keep the log-probs they were sampled with, so that the ratio
-        corrects for their age.
+        not cut off by top-p or top-k, and both compute in float32. Otherwise the policy scores the rows again; so it
+        does on every rank where one has rows of older weights, whose age `importance_correction` then weighs.
         """
         temperature, old, ref = self.sampling.temperature, rollout.old_logprobs, None
+        stale = (rollout.version < self.loop.iteration) & (self.importance.level != "none")
         if self.sampling.truncates_distribution or not self._full_precision:
             old = self.models.score(rollout, temperature=temperature).logprobs
+        elif bool(sum_over_ranks(stale.sum())):
+            now = self.models.score(rollout, temperature=temperature).logprobs
+            old = torch.where(stale.unsqueeze(1), now.to(old.dtype), old)
         if self.models.reference is not None:
             ref = self.models.score_reference(rollout, temperature=temperature).logprobs
-        return replace(rollout, old_logprobs=old, ref_logprobs=ref)
+        rollout = replace(rollout, old_logprobs=old, ref_logprobs=ref)
+        if self.value == "none":
+            return rollout
+        found = self.models.score_values(rollout)
+        bootstrap = torch.where(rollout.truncated & self.bootstrap_truncated, found.last, 0.0)
+        return replace(rollout, values=found.values, bootstrap=bootstrap)
+
+    def experience(self, rollout: ScoredRollout) -> Experience:
+        """Shape the rewards, estimate the advantages, count both; then adapt the KL coefficient."""
+        rollout = replace(rollout, rewards=self.shape_rewards(rollout))
+        advantages, returns = self.compute_advantages(rollout)
+        if self.whiten_advantages:
+            advantages = whiten_over_ranks(advantages, rollout.response_mask)
+        mask = rollout.response_mask & ~(rollout.truncated.unsqueeze(1) & self.mask_truncated)
+        kept = {f.name: getattr(rollout, f.name) for f in fields(ScoredRollout)} | {"response_mask": mask}
+        staleness = self.loop.iteration - rollout.version
+        experience = Experience(**kept, advantages=advantages, returns=returns, staleness=staleness)
+        self.count(rollout_stats(experience))
+        if self.kl.in_reward or self.kl.in_loss:
+            self.count({"stability/kl_coef": (self.current_kl_coef, None)})
+            self._adapt_kl_coef(rollout)
+        return experience
 
     def _precision(self) -> AbstractContextManager[Any]:
         """The trainer's autocast: rollouts run outside the steps that Lightning wraps in it."""
@@ -179,18 +302,39 @@ class OnPolicyModule(RLHFModule):
         weights = next(self.models.policy.parameters()).dtype in (torch.float32, torch.float64)
         return weights and (self._trainer is None or self._trainer.precision in ("32-true", "64-true"))
 
+    @property
+    def current_kl_coef(self) -> float:
+        """Beta now: `kl_coef`, until it has adapted."""
+        return self.loop.numbers.get("kl_coef", self.kl_coef)
+
+    def _adapt_kl_coef(self, rollout: ScoredRollout) -> None:
+        if self.kl.target is None or rollout.ref_logprobs is None:
+            return
+        kl = zero_outside(rollout.old_logprobs - rollout.ref_logprobs, rollout.response_mask).sum(1)
+        counted = rollout.response_mask.any(1)
+        episodes = int(sum_over_ranks(counted.sum()))
+        mean = float(mean_over_ranks(kl, counted))
+        self.loop.numbers["kl_coef"] = self.kl.next_coef(self.current_kl_coef, mean, episodes)
+
     def shape_rewards(self, rollout: ScoredRollout) -> Tensor:
-        """Hook 1: rewards `[N]` or `[N, T]` from the raw `rollout.rewards` `[N]`."""
-        return rollout.rewards
+        """Hook 1: rewards `[N]` or `[N, T]` from the raw `rollout.rewards` `[N]`.
+
+        Takes off `truncation_penalty`, then, with `kl_in="reward"`, spreads the KL over the tokens.
+        """
+        rewards = rollout.rewards
+        if self.truncation_penalty:
+            rewards = rewards - self.truncation_penalty * rollout.truncated
+        return self.kl.shape(rewards, rollout, self.current_kl_coef) if self.kl.in_reward else rewards
 
     def compute_advantages(self, rollout: ScoredRollout) -> tuple[Tensor, Tensor | None]:
         """Hook 2: advantages `[N, T]` and returns `[N, T]` or None. Calls `advantage_estimator`.
 
         An estimator may return one number per row, `[N]`: it goes to each of the row's tokens.
         """
-        named = {n: getattr(rollout, n) for n in ("values", "old_logprobs", "ref_logprobs", "group_ids")}
+        offered = ("values", "bootstrap", "old_logprobs", "ref_logprobs", "group_ids", "baseline")
+        named = {n: getattr(rollout, n) for n in offered}
         advantages, returns = call_with_named(
-            self._estimate, rollout.rewards, rollout.response_mask, **named, bootstrap=None, **self._named()
+            self._estimate, rollout.rewards, rollout.response_mask, **named, **self._named()
         )
         if advantages.ndim == 1:
             advantages = rollout.spread(advantages)
@@ -204,21 +348,68 @@ class OnPolicyModule(RLHFModule):
 
     # -- the update ------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Experience, batch_idx: int = 0) -> Tensor:
-        """One micro-batch's loss, a plain function of the experience; scaled so that any split is exact."""
+    def training_step(self, batch: Experience | Mapping[str, Any], batch_idx: int = 0) -> Tensor:
+        """One micro-batch's loss, a plain function of the experience; scaled so that any split is exact.
+
+        Args:
+            batch: an experience, or a dictionary in one of the formats of `types.from_dict`.
+            batch_idx: Lightning's; not used.
+        """
         started = time.perf_counter()
-        scores = self.models.score(batch, temperature=self.sampling.temperature, entropy=True)
-        loss = self.total_loss(self.compute_loss(scores, batch))
-        self.stats.update(update_stats(scores, batch))
+        rows = batch if isinstance(batch, Experience) else self.experience_from(batch)
+        if "stopped" in self.loop.numbers:
+            return torch.stack([p.sum() for p in self.models.parameters() if p.requires_grad]).sum() * 0.0
+        scores = self.score(rows)
+        loss = self.total_loss(self.compute_loss(scores, rows), {"value_loss": self.value_coef})
+        cells = update_stats(scores, rows)
+        self.count(cells)
+        if self.target_kl is not None:
+            k3, mask = (zero_outside(cells["stability/approx_kl"][0], rows.response_mask), rows.response_mask)
+            self._moved = self._moved.to(k3) + torch.stack([k3.sum(), mask.sum().to(k3)])
         self.clock["update"] -= started
         return loss
+
+    def score(self, batch: Experience) -> Scores:
+        """What `compute_loss` needs of the policy now: log-probs, and entropy, KL and values where they are used."""
+        return self.models.score(
+            batch,
+            temperature=self.sampling.temperature,
+            entropy=self.entropy == "full" or bool(self.entropy_coef),
+            entropy_gradient=bool(self.entropy_coef),
+            exact_kl=self.exact_kl,
+            values=self.value != "none",
+        )
+
+    @torch.no_grad()
+    def experience_from(self, batch: Mapping[str, Any]) -> Experience:
+        """The experience that a dictionary of tensors describes, see `types.from_dict`."""
+        raise NotImplementedError
+
+    @property
+    def exact_kl(self) -> bool:
+        """Whether `compute_loss` wants `scores.kl`."""
+        return self.kl.exact
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the update's time, backward and optimiser included."""
         self.clock["update"] += time.perf_counter()
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take no step, now and until the next rollout, once the policy has moved beyond 1.5 `target_kl`."""
+        if self.target_kl is not None:
+            moved, tokens = sum_over_ranks(self._moved)
+            self._moved = torch.zeros_like(self._moved)
+            if float(moved) > 1.5 * self.target_kl * float(tokens):
+                self.loop.numbers["stopped"] = 1.0
+            stopped = "stopped" in self.loop.numbers
+            self.count({"stability/stopped_fraction": (float(stopped), None)})
+            if stopped:
+                optimizer.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
+                return
+        super().on_before_optimizer_step(optimizer)
+
     def compute_loss(self, scores: Scores, batch: Experience) -> dict[str, Tensor]:
-        """Hook 3: the named terms of the loss, scalars. Calls `policy_loss`, adds KL and entropy terms."""
+        """Hook 3: the named terms of the loss, scalars. Calls `policy_loss`, adds KL, entropy and value terms."""
         per_token, metrics = call_with_named(
             self._policy_loss,
             batch.old_logprobs,
@@ -227,24 +418,29 @@ class OnPolicyModule(RLHFModule):
             batch.response_mask,
             **self._named(),
         )
+        weights, cells = self.importance(batch.old_logprobs if has_ratio(self._policy_loss) else scores.logprobs, batch)
+        self.count({**cells, **loss_stats(metrics, batch.response_mask, self.stats_spec)})
         if per_token.ndim == 0:
             warnings.warn(_SCALAR_LOSS, stacklevel=2)  # Python shows it once
             terms = {"policy_loss": per_token / self.loss_scale}
         else:
+            per_token = per_token if weights is None else weights * per_token
             terms = {"policy_loss": self.aggregate(per_token, batch, self.loss_agg)}
-        if batch.ref_logprobs is not None and self.kl_coef:
-            kl = kl_estimate(scores.logprobs, batch.ref_logprobs, self.kl_estimator)
-            terms["kl_loss"] = self.kl_coef * self.aggregate(kl, batch, self.loss_agg)
+        if self.kl.in_loss and (batch.ref_logprobs is not None or scores.kl is not None):
+            kl = self.kl.per_token(scores, batch, weights)
+            terms["kl_loss"] = self.current_kl_coef * self.aggregate(kl, batch, self.loss_agg)
         if self.entropy_coef and scores.entropy is not None:
             terms["entropy_loss"] = -self.entropy_coef * self.aggregate(scores.entropy, batch)
-        known = {
-            f"stability/{k}": torch.as_tensor(v) for k, v in metrics.items() if f"stability/{k}" in self.stats_spec
-        }
-        mask = batch.response_mask  # a user's loss may report a scalar, or a number per row
-        self.stats.update({name: (v, mask if v.shape == mask.shape else None) for name, v in known.items()})
+        if scores.values is not None and batch.values is not None and batch.returns is not None:
+            error = clipped_value_loss(scores.values, batch.values, batch.returns, self.value_clip)
+            terms["value_loss"] = self.value_coef * self.aggregate(error, batch)
         return terms
 
     # -- metrics ---------------------------------------------------------------------------------------------------
+
+    def derived(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the explained variance of the value function."""
+        return explained(values)
 
     def on_train_epoch_end(self) -> None:
         """Log the rollout's metrics, with the time it took."""
@@ -268,11 +464,6 @@ class OnPolicyModule(RLHFModule):
         return self.prompts_per_rollout // self.world_size
 
     @property
-    def micro_batches_per_rollout(self) -> int:
-        """Length of the training loader: passes x optimiser steps x micro-batches."""
-        return self.update_epochs * self.minibatches * self.accumulate
-
-    @property
     def run_shape(self) -> dict[str, Any]:
         """See `RLHFModule.run_shape`."""
         sizes = ("prompts_per_rollout", "group_size", "minibatches", "update_epochs")
@@ -284,12 +475,6 @@ class OnPolicyModule(RLHFModule):
         start = self.loop.prompts_seen
         self.loop.prompts_seen += count * self.world_size
         return self.prompts.take(start + self.rank * count, count)
-
-    def minibatch_plan(self) -> list[Tensor]:
-        """The rows of every micro-batch of this rollout; each pass has an order of its own."""
-        rows = self.prompts_per_rank * self.group_size
-        passes = [permutation(rows, self.seed, self.loop.iteration, epoch) for epoch in range(self.update_epochs)]
-        return [chunk for order in passes for chunk in order.chunk(self.minibatches * self.accumulate)]
 
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> RolloutLoader:
         """The lazy view of the rollouts. The prompts are those of pass 0 over the data, shuffled for ever."""

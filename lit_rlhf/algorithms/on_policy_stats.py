@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_rlhf.functional import approx_kl, kl_estimate
 from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.functional.policy_losses import policy_ratio
+from lit_rlhf.metrics import Cells
 from lit_rlhf.models.scoring import Scores
-from lit_rlhf.rollouts.dynamic_sampling import informative
+from lit_rlhf.rollouts.dynamic_sampling import alone, informative
+from lit_rlhf.rollouts.importance import IMPORTANCE_STATS
 from lit_rlhf.types import Experience, ScoredRollout
-
-Cells = dict[str, tuple[Tensor, Tensor | None]]  # name -> values and the mask of those that count
 
 ON_POLICY_STATS: Mapping[str, tuple[str, ...]] = {
     "loss/loss": ("value",),
     "loss/policy_loss": ("value",),
     "loss/kl_loss": ("value",),
     "loss/entropy_loss": ("value",),
+    "loss/value_loss": ("value",),
     "stability/entropy": ("value",),
     "stability/approx_kl": ("value",),
     "stability/approx_kl_k1": ("value",),
     "stability/kl_divergence": ("value",),
+    "stability/kl_coef": ("value",),
+    "stability/stopped_fraction": ("value",),
     "stability/clip_fraction": ("value",),
     "stability/clip_fraction_low": ("value",),
     "stability/clip_fraction_high": ("value",),
     "stability/ratio_out_of_range": ("value",),
     "stability/ratio": ("mean", "max", "min"),
     "stability/advantage": ("mean", "std"),
+    "stability/value": ("mean",),
+    "stability/value_error": ("std",),
+    "stability/value_clip_fraction": ("value",),
+    "stability/return": ("mean", "std"),
+    **IMPORTANCE_STATS,
     "stability/grad_norm": ("value",),
     "reward/reward": ("mean", "std"),
     "reward/shaped_reward": ("mean",),
     "reward/accuracy": ("value",),
     "reward/zero_std_fraction": ("value",),
+    "reward/singleton_fraction": ("value",),
     "rollout/response_length": ("value", "max"),
     "rollout/truncated_fraction": ("value",),
     "rollout/staleness": ("value", "max"),
@@ -46,6 +57,7 @@ def sample_stats(sampled: ScoredRollout, accuracy: Tensor | None) -> Cells:
     found = {
         "reward/reward": sampled.raw_rewards,
         "reward/zero_std_fraction": (~informative(sampled)).float(),
+        "reward/singleton_fraction": alone(sampled).float(),
         "rollout/response_length": sampled.lengths.float(),
         "rollout/truncated_fraction": sampled.truncated.float(),
     }
@@ -54,16 +66,25 @@ def sample_stats(sampled: ScoredRollout, accuracy: Tensor | None) -> Cells:
     return {name: (value, ~value.isnan()) for name, value in found.items()}
 
 
-def rollout_stats(rollout: ScoredRollout, iteration: int) -> Cells:
+def rollout_stats(batch: Experience) -> dict[str, tuple[Tensor | float, Tensor | None]]:
     """Of what is trained on; filler rows count as nothing."""
-    shaped, counts = rollout.rewards, rollout.response_mask.any(1)
+    shaped, mask = batch.rewards, batch.response_mask
+    counts = mask.any(1)
     if shaped.ndim == 2:
-        shaped = zero_outside(shaped, rollout.response_mask).sum(1)
-    found = {"reward/shaped_reward": shaped, "rollout/staleness": (iteration - rollout.version).float()}
-    return {name: (value, counts & ~value.isnan()) for name, value in found.items()}
+        shaped = zero_outside(shaped, mask).sum(1)
+    found: dict[str, tuple[Tensor | float, Tensor | None]] = {
+        "reward/shaped_reward": (shaped, counts & ~shaped.isnan())
+    }
+    if batch.staleness is not None:
+        found["rollout/staleness"] = (batch.staleness.float(), counts)
+    if batch.values is not None and batch.returns is not None:
+        error = zero_outside(batch.returns, mask) - zero_outside(batch.values, mask)
+        found |= {"stability/value": (batch.values, mask), "stability/return": (batch.returns, mask)}
+        found["stability/value_error"] = (error, mask)
+    return found
 
 
-def update_stats(scores: Scores, batch: Experience) -> Cells:
+def update_stats(scores: Scores, batch: Experience) -> dict[str, tuple[Tensor, Tensor]]:
     """Of a micro-batch, token by token, before the step it belongs to."""
     mask, new, old = batch.response_mask, scores.logprobs.detach(), batch.old_logprobs
     found = {
@@ -74,6 +95,30 @@ def update_stats(scores: Scores, batch: Experience) -> Cells:
     }
     if scores.entropy is not None:
         found["entropy"] = scores.entropy.detach()
-    if batch.ref_logprobs is not None:
+    if scores.kl is not None:
+        found["kl_divergence"] = scores.kl.detach()
+    elif batch.ref_logprobs is not None:
         found["kl_divergence"] = kl_estimate(new, batch.ref_logprobs, "k3")
     return {f"stability/{name}": (value, mask) for name, value in found.items()}
+
+
+def loss_stats(
+    metrics: Mapping[str, Any], mask: Tensor, known: Mapping[str, Any]
+) -> dict[str, tuple[Tensor | float, Tensor | None]]:
+    """What a policy loss reports: tensors `[N, T]`, `[N]` or numbers; names of its own go under `policy/`."""
+    found: dict[str, tuple[Tensor | float, Tensor | None]] = {}
+    for name, value in metrics.items():
+        if isinstance(value, (Tensor, int, float)):
+            cells = torch.as_tensor(value).detach()
+            section = "stability" if f"stability/{name}" in known else "policy"
+            found[f"{section}/{name}"] = (cells, mask if cells.shape == mask.shape else None)
+    return found
+
+
+def explained(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the explained variance, 1 - Var(return - value) / Var(return); 0 where the returns do not vary."""
+    total, error = (values.get(f"stability/{name}_std") for name in ("return", "value_error"))
+    if total is None or error is None:
+        return values
+    ratio = error / torch.where(total > 0, total, 1.0)
+    return {**values, "stability/explained_variance": torch.where(total > 0, 1 - ratio.square(), 0.0)}

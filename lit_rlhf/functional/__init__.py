@@ -7,7 +7,7 @@ from lit_rlhf.functional.advantages import (
     rewards_to_go,
 )
 from lit_rlhf.functional.aggregation import aggregate, aggregation_unit
-from lit_rlhf.functional.kl import approx_kl, exact_kl, kl_estimate
+from lit_rlhf.functional.kl import adaptive_kl_coef, approx_kl, doubling_coef, exact_kl, kl_estimate
 from lit_rlhf.functional.logprobs import token_entropy, token_logprobs
 from lit_rlhf.functional.masked import explained_variance, masked_mean, masked_whiten
 from lit_rlhf.functional.policy_losses import (
@@ -16,12 +16,15 @@ from lit_rlhf.functional.policy_losses import (
     clipped_policy_loss,
     clipped_value_loss,
     gspo_policy_loss,
+    gspo_token_policy_loss,
     importance_weights,
+    sequence_clipped_policy_loss,
 )
 from lit_rlhf.functional.preference_losses import bradley_terry_loss, dpo_loss
 from lit_rlhf.functional.shaping import overlong_penalty
 
 __all__ = [
+    "adaptive_kl_coef",
     "aggregate",
     "aggregation_unit",
     "approx_kl",
@@ -30,12 +33,14 @@ __all__ = [
     "clip_statistics",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "doubling_coef",
     "dpo_loss",
     "exact_kl",
     "explained_variance",
     "generalized_advantage_estimation",
     "group_normalize",
     "gspo_policy_loss",
+    "gspo_token_policy_loss",
     "importance_weights",
     "kl_estimate",
     "leave_one_out",
@@ -43,6 +48,7 @@ __all__ = [
     "masked_whiten",
     "overlong_penalty",
     "rewards_to_go",
+    "sequence_clipped_policy_loss",
     "token_entropy",
     "token_logprobs",
 ]

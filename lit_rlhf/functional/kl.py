@@ -96,3 +96,34 @@ def _estimate(delta: Tensor, estimator: str) -> Tensor:
         delta = delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         return (-delta).expm1() + delta
     raise ValueError(f"estimator must be 'k1', 'k2' or 'k3', got {estimator!r}")
+
+
+def adaptive_kl_coef(coef: float, kl: float, target: float, horizon: float, episodes: int) -> float:
+    """Move the KL coefficient towards a target KL (Ziegler et al., arXiv 1909.08593, eq. 3).
+
+        e = clip(KL/target − 1, ±0.2);    β ← β·(1 + e·n/horizon)
+
+    Args:
+        coef: β.
+        kl: KL to the reference, nats summed over a completion, mean over the completions.
+        target: the KL wanted, in the same unit.
+        horizon: episodes over which the coefficient adapts.
+        episodes: n, completions since the last call, over all ranks.
+
+    >>> round(adaptive_kl_coef(0.2, kl=9.0, target=6.0, horizon=10_000, episodes=256), 6)
+    0.201024
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * episodes / horizon)
+
+
+def doubling_coef(coef: float, kl: float, target: float, lowest: float, highest: float) -> float:
+    """Double or halve a penalty's coefficient (PPO, arXiv 1707.06347, section 4).
+
+        c ← 2c  where KL > 1.5·target;    c ← c/2  where KL < target/1.5;    within [lowest, highest]
+
+    >>> doubling_coef(0.1, kl=0.05, target=0.01, lowest=0.001, highest=10.0)
+    0.2
+    """
+    factor = 2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0
+    return min(max(coef * factor, lowest), highest)

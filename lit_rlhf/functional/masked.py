@@ -70,8 +70,22 @@ def masked_whiten(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], shift_mean: 
     >>> masked_whiten(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, dtype=torch.bool))
     tensor([-1.1619, -0.3873,  0.3873,  1.1619])
     """
-    mean = masked_mean(x, mask)
-    whitened = (zero_outside(x, mask) - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    return whiten_by(x, mask, masked_mean(x, mask), masked_var(x, mask), shift_mean)
+
+
+def whiten_by(
+    x: Float[Tensor, "*S"],
+    mask: Bool[Tensor, "*S"],
+    mean: Float[Tensor, ""],
+    var: Float[Tensor, ""],
+    shift_mean: bool = True,
+) -> Float[Tensor, "*S"]:
+    """`masked_whiten` by a mean and a variance that are known already, those over all ranks for example.
+
+    >>> whiten_by(torch.tensor([1.0, 3.0]), torch.tensor([True, True]), torch.tensor(1.0), torch.tensor(4.0))
+    tensor([0., 1.])
+    """
+    whitened = (zero_outside(x, mask) - mean) * torch.rsqrt(var + 1e-8)
     return zero_outside(whitened if shift_mean else whitened + mean, mask)
 
 

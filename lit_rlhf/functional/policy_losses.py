@@ -46,6 +46,21 @@ def sequence_ratio(
     return mean.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().expand_as(logprobs)
 
 
+def product_ratio(
+    logprobs: Float[Tensor, "N T"], old_logprobs: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]
+) -> Float[Tensor, "N T"]:
+    """Ratio of a whole completion's probability now to before, on each of its tokens.
+
+        ρ_i = exp( Σ_t m·(lp − lp_old) )
+
+    >>> lp, mask = torch.tensor([[0.1, -0.1, 0.3]]), torch.ones(1, 3, dtype=torch.bool)
+    >>> product_ratio(lp, torch.zeros(1, 3), mask)
+    tensor([[1.3499, 1.3499, 1.3499]])
+    """
+    log_ratio = zero_outside(logprobs, mask) - zero_outside(old_logprobs, mask).detach()
+    return log_ratio.sum(1, keepdim=True).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().expand_as(logprobs)
+
+
 def clipped_policy_loss(
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
@@ -115,6 +130,57 @@ def gspo_policy_loss(
     )
 
 
+def gspo_token_policy_loss(
+    logprobs: Float[Tensor, "N T"],
+    old_logprobs: Float[Tensor, "N T"],
+    advantages: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    clip_ratio_low: float = 3e-4,
+    clip_ratio_high: float = 4e-4,
+) -> Float[Tensor, "N T"]:
+    """GSPO-token (arXiv 2507.18071, eq. 14): the sequence's ratio in value, each token's own in gradient.
+
+        s_it = sg(s_i)·exp(lp_t − sg(lp_t));    ℓ = −min( s_it·A_it, clip(s_it, 1 − ε_low, 1 + ε_high)·A_it )
+
+    Under "seq-mean-token-mean" equal to GSPO, in value and gradient, where A is constant over a row; it also takes
+    advantages per token. Arguments as in `gspo_policy_loss`.
+
+    >>> lp, ones = torch.tensor([[0.1, -0.1, 0.3]]), torch.ones(1, 3)
+    >>> gspo_token_policy_loss(lp, torch.zeros(1, 3), -ones, ones.bool())
+    tensor([[1.1052, 1.1052, 1.1052]])
+    """
+    lp = zero_outside(logprobs, mask)
+    ratio = sequence_ratio(logprobs, old_logprobs, mask).detach() * (lp - lp.detach()).exp()
+    return zero_outside(
+        _clipped(ratio, zero_outside(advantages, mask).detach(), clip_ratio_low, clip_ratio_high, None), mask
+    )
+
+
+def sequence_clipped_policy_loss(
+    logprobs: Float[Tensor, "N T"],
+    old_logprobs: Float[Tensor, "N T"],
+    advantages: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    clip_ratio_low: float = 0.2,
+    clip_ratio_high: float = 0.2,
+) -> Float[Tensor, "N T"]:
+    """PPO's clip on the ratio of the whole completion, the product of its tokens' ratios: RLOO over several steps.
+
+        ρ_i = exp( Σ_t m·(lp − lp_old) );    ℓ = −min( ρ_i·A, clip(ρ_i, 1 − ε_low, 1 + ε_high)·A )
+
+    Every token of a row carries the row's loss, so that "seq-mean-token-mean" is the mean over completions. At
+    ρ = 1 its gradient is that of −A·Σ_t lp. Arguments as in `gspo_policy_loss`.
+
+    >>> lp, ones = torch.tensor([[0.1, -0.1, 0.3]]), torch.ones(1, 3)
+    >>> sequence_clipped_policy_loss(lp, torch.zeros(1, 3), -ones, ones.bool())
+    tensor([[1.3499, 1.3499, 1.3499]])
+    """
+    ratio = product_ratio(logprobs, old_logprobs, mask)
+    return zero_outside(
+        _clipped(ratio, zero_outside(advantages, mask).detach(), clip_ratio_low, clip_ratio_high, None), mask
+    )
+
+
 def cispo_policy_loss(
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
@@ -144,7 +210,7 @@ def cispo_policy_loss(
 
 
 def clipped_value_loss(
-    values: Float[Tensor, "N T"], old_values: Float[Tensor, "N T"], returns: Float[Tensor, "N T"], clip: float
+    values: Float[Tensor, "N T"], old_values: Float[Tensor, "N T"], returns: Float[Tensor, "N T"], clip: float | None
 ) -> Float[Tensor, "N T"]:
     """PPO's value loss, clipped around the values at rollout (arXiv 2403.17031).
 
@@ -154,14 +220,17 @@ def clipped_value_loss(
         values: `[N, T]` now.
         old_values: `[N, T]` at rollout.
         returns: `[N, T]`, the targets.
-        clip: ε.
+        clip: ε; `None` for the plain ½·(V − ret)².
 
     >>> clipped_value_loss(torch.tensor([1.0, 0.1]), torch.zeros(2), torch.ones(2), clip=0.2)
     tensor([0.3200, 0.4050])
     """
     old, target = old_values.detach(), returns.detach()
+    error = (values - target).square()
+    if clip is None:
+        return 0.5 * error
     clipped = old + (values - old).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - target).square(), (clipped - target).square())
+    return 0.5 * torch.maximum(error, (clipped - target).square())
 
 
 def importance_weights(

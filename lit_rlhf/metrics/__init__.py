@@ -1,7 +1,7 @@
 """torchmetrics over `functional`: float64 sums, exact however batches and ranks are split."""
 
 from lit_rlhf.metrics.advantages import GeneralizedAdvantageEstimation, GroupNormalization
-from lit_rlhf.metrics.masked_stats import MaskedStats
+from lit_rlhf.metrics.masked_stats import Cells, MaskedStats
 from lit_rlhf.metrics.rollouts import LengthStatistics, RewardStatistics
 from lit_rlhf.metrics.stability import (
     ApproxKL,
@@ -14,6 +14,7 @@ from lit_rlhf.metrics.stability import (
 
 __all__ = [
     "ApproxKL",
+    "Cells",
     "ClipFraction",
     "ExplainedVariance",
     "GeneralizedAdvantageEstimation",

@@ -67,6 +67,12 @@ def minimum(moments: Moments) -> Tensor:
     return torch.where(moments.sums[0] > 0, -moments.highs[1], 0.0)
 
 
+def effective_share(moments: Moments) -> Tensor:
+    """Effective sample size of weights, as a share: (Σw)² / (n·Σw²), `[K]`; 0 where Σw² = 0."""
+    count, total, squares = moments.sums
+    return torch.where(squares > 0, total.square() / torch.where(squares > 0, count * squares, 1.0), 0.0)
+
+
 class MomentsMetric(Metric):
     """A metric whose states are the moments of K quantities; it stays in float64 whatever the module is cast to.
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lit_rlhf.metrics.base import MomentsMetric, _moments_update, maximum, mean, minimum, std
+from lit_rlhf.metrics.base import MomentsMetric, _moments_update, effective_share, maximum, mean, minimum, std
 
-_STATISTICS = {"value": mean, "mean": mean, "std": std, "max": maximum, "min": minimum}
+Cells: TypeAlias = Mapping[str, tuple[Tensor | float, Tensor | None]]  # name -> values and the mask of those that count
+_STATISTICS = {"value": mean, "mean": mean, "std": std, "max": maximum, "min": minimum, "ess": effective_share}
+_BARE = ("value", "ess")  # logged under the name itself
 
 
 class MaskedStats(MomentsMetric):
@@ -20,7 +22,8 @@ class MaskedStats(MomentsMetric):
 
     Args:
         names: the quantities. A list logs the mean of each under its own name; a mapping says what to log of each:
-            "value" is the mean under the bare name, "mean", "std", "max" and "min" go under `name_mean` and so on.
+            "value" is the mean under the bare name, "mean", "std", "max" and "min" go under `name_mean` and so on;
+            "ess", under the bare name, is the effective share (Σw)² / (n·Σw²) of a sample with these weights.
         **kwargs: of `torchmetrics.Metric`.
 
     >>> stats = MaskedStats({"ratio": ("mean", "max"), "entropy": ("value",)})
@@ -39,7 +42,22 @@ class MaskedStats(MomentsMetric):
         super().__init__(len(self.wanted), **kwargs)
         self._column_of = {name: column for column, name in enumerate(self.wanted)}
 
-    def update(self, values: Mapping[str, tuple[Tensor | float, Tensor | None]]) -> None:
+    def extend(self, names: Iterable[str]) -> None:
+        """Log the mean of these quantities too, those that are known already excepted."""
+        new = [name for name in names if name not in self.wanted]
+        if not new:
+            return
+        self.wanted |= dict.fromkeys(new, ("value",))
+        self._column_of = {name: column for column, name in enumerate(self.wanted)}
+        for state in ("sums", "highs"):
+            empty = self._defaults[state]
+            assert isinstance(empty, Tensor)
+            added = empty.new_full((len(empty), len(new)), 0.0 if state == "sums" else -torch.inf)
+            self._defaults[state] = torch.cat([empty, added], 1)
+            held: Tensor = getattr(self, state)
+            setattr(self, state, torch.cat([held, added.to(held.device)], 1))
+
+    def update(self, values: Cells) -> None:
         """Count `{name: (values, mask)}` for any of the names.
 
         Values are `[N, T]`, `[N]` or a scalar, the mask has their shape; `None` counts all.
@@ -58,7 +76,7 @@ class MaskedStats(MomentsMetric):
         moments, counted = self.moments, self.moments.sums[0].tolist()
         by_statistic = {statistic: of(moments) for statistic, of in _STATISTICS.items()}
         return {
-            name if statistic == "value" else f"{name}_{statistic}": by_statistic[statistic][k]
+            name if statistic in _BARE else f"{name}_{statistic}": by_statistic[statistic][k]
             for k, (name, statistics) in enumerate(self.wanted.items())
             for statistic in statistics
             if counted[k]

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_rlhf.functional import approx_kl, clip_statistics, kl_estimate
 from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.functional.policy_losses import policy_ratio
-from lit_rlhf.metrics.base import Moments, MomentsMetric, _moments_update, maximum, mean, minimum, std
+from lit_rlhf.metrics.base import Moments, MomentsMetric, _moments_update, effective_share, maximum, mean, minimum, std
 
 
 def _approx_kl_update(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, estimator: str) -> Moments:
@@ -153,13 +153,11 @@ def _importance_ratio_update(logprobs: Tensor, behavior_logprobs: Tensor, mask: 
 
 
 def _importance_ratio_compute(moments: Moments) -> dict[str, Tensor]:
-    count, total, squares = moments.sums[:, 0]
-    ess = torch.where(squares > 0, total.square() / torch.where(squares > 0, count * squares, 1.0), 0.0)
     return {
         "ratio_mean": mean(moments)[0],
         "ratio_max": maximum(moments)[0],
         "ratio_min": minimum(moments)[0],
-        "ess": ess,
+        "ess": effective_share(moments)[0],
     }
 
 

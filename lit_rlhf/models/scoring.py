@@ -43,6 +43,7 @@ def score(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    entropy_gradient: bool = True,
     reference: nn.Module | None = None,
     head: nn.Module | None = None,
 ) -> Scores:
@@ -58,6 +59,7 @@ def score(
             read but did not sample (a tool's output): they are attended to and not scored.
         temperature: the sampling temperature that the logits are divided by.
         entropy: also return the entropy, in nats.
+        entropy_gradient: with its gradient; without, nothing of it is kept for the backward pass.
         reference: also return the exact KL to this model, summed over the vocabulary.
         head: also return the values of this head on the model's last hidden states.
     """
@@ -67,7 +69,9 @@ def score(
     logprobs = _scatter(token_logprobs(logits, rows.response_ids[responses], temperature), responses)
     found = {}
     if entropy:
-        found["entropy"] = _scatter(token_entropy(logits, temperature), responses)
+        found["entropy"] = _scatter(
+            token_entropy(logits if entropy_gradient else logits.detach(), temperature), responses
+        )
     if reference is not None:
         with torch.no_grad():
             ref_logits, _ = _forward(reference, ids, mask, predicts)

@@ -68,6 +68,7 @@ class PolicyReferenceValue(nn.Module):
         *,
         temperature: float = 1.0,
         entropy: bool = False,
+        entropy_gradient: bool = True,
         exact_kl: bool = False,
         values: bool = False,
     ) -> Scores:
@@ -77,12 +78,21 @@ class PolicyReferenceValue(nn.Module):
             rows: N prompts and completions.
             temperature: the sampling temperature.
             entropy: also the entropy.
+            entropy_gradient: with its gradient.
             exact_kl: also the KL to the reference, summed over the vocabulary.
             values: also the value function; a shared one reads the same forward pass.
         """
         reference = self._reference() if exact_kl else None
         head = self.value_head if values and self.value_trunk is None else None
-        scores = score(self.policy, rows, temperature=temperature, entropy=entropy, reference=reference, head=head)
+        scores = score(
+            self.policy,
+            rows,
+            temperature=temperature,
+            entropy=entropy,
+            entropy_gradient=entropy_gradient,
+            reference=reference,
+            head=head,
+        )
         if values and head is None:
             scores = replace(scores, values=self.score_values(rows).values)
         return scores

@@ -41,6 +41,13 @@ def informative(rollout: ScoredRollout) -> Tensor:
     return (high > low)[group]
 
 
+def alone(rollout: ScoredRollout) -> Tensor:
+    """Rows `[N]` bool that are the only one of their group with a reward: there is nothing to compare them with."""
+    group = torch.unique(rollout.group_ids, return_inverse=True)[1]
+    valid = ~rollout.raw_rewards.isnan()
+    return valid & (torch.bincount(group, weights=valid.double())[group] == 1)
+
+
 def refill(
     first: ScoredRollout,
     carried: ScoredRollout | None,

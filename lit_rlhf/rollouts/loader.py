@@ -12,17 +12,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lit_rlhf.rollouts.random import mix_seed
-from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Row
+from lit_rlhf.ranks import sum_over_ranks
+from lit_rlhf.rollouts.random import permutation
+from lit_rlhf.types import CompletionBatch, Experience, PreferenceBatch, PromptBatch, Row
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.base import RLHFModule
     from lit_rlhf.algorithms.on_policy import OnPolicyModule
 
-Batch = TypeVar("Batch", Experience, CompletionBatch)
+Batch = TypeVar("Batch", Experience, CompletionBatch, PreferenceBatch)
 
 
 class PromptStream:
@@ -57,14 +57,22 @@ class RolloutLoader:
         self.module = module
 
     def __len__(self) -> int:
-        return self.module.micro_batches_per_rollout
+        module = self.module
+        return module.update_epochs * module.minibatches * module.accumulate
+
+    def plan(self) -> list[Tensor]:
+        """The rows of every micro-batch of this rollout; each pass over it has an order of its own."""
+        module = self.module
+        rows, parts = module.prompts_per_rank * module.group_size, module.minibatches * module.accumulate
+        passes = [permutation(rows, module.seed, module.loop.iteration, e) for e in range(module.update_epochs)]
+        return [chunk for order in passes for chunk in order.chunk(parts)]
 
     def __iter__(self) -> Iterator[Experience]:
         module, state = self.module, self.module.loop
         if state.experience is None:
             state.experience = module.collect(module.draw_prompts(module.prompts_per_rank))
         experience = state.experience
-        for batch in _micro_batches(module, module.minibatch_plan(), lambda rows: experience[rows].trim()):
+        for batch in _micro_batches(module, self.plan(), lambda rows: experience[rows].trim()):
             yield batch.with_signal() if module.skip_zero_advantage else batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,11 +142,6 @@ def prompt_batch(rows: Sequence[Row], encode: Callable[[str], list[int]], index:
     return PromptBatch([encode(text) for text in columns["prompt"]], columns, index)
 
 
-def permutation(count: int, *seed: int) -> Tensor:
-    """A random order of `count` rows that depends on the seed integers alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix_seed(*seed)))
-
-
 def _micro_batches(module: RLHFModule, plan: Sequence[Tensor], batch_of: Callable[[Tensor], Batch]) -> Iterator[Batch]:
     """Yield the plan's micro-batches from where the loop state stands, each with its optimiser step's counts."""
     state, accumulate = module.loop, module.accumulate
@@ -149,6 +152,7 @@ def _micro_batches(module: RLHFModule, plan: Sequence[Tensor], batch_of: Callabl
             first = position - within
             step = [batch_of(rows) for rows in plan[first : first + accumulate]]
             counts = step_counts([batch.response_mask for batch in step], module.device)
+            module.begin_step(step)
         state.position = position + 1
         if state.position == len(plan):
             state.finish_iteration()
@@ -160,6 +164,5 @@ def _micro_batches(module: RLHFModule, plan: Sequence[Tensor], batch_of: Callabl
 def step_counts(masks: Sequence[Tensor], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Masked tokens and non-empty rows over the masks `[n, T]` given and all ranks, as scalar tensors."""
     counts = torch.stack([torch.stack([mask.sum(), mask.any(1).sum()]) for mask in masks]).sum(0).to(device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts)
-    return counts[0], counts[1]
+    tokens, rows = sum_over_ranks(counts)
+    return tokens, rows

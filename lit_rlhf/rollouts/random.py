@@ -46,6 +46,11 @@ def uniforms(seeds: Sequence[int], group_size: int, steps: int) -> Tensor:
     return _shift(bits, 12).double() * 2.0**-52
 
 
+def permutation(count: int, *seed: int) -> Tensor:
+    """A random order of `count` rows that depends on the seed integers alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix_seed(*seed)))
+
+
 def _finalise(z: int) -> int:
     z = (z ^ z >> 30) * _MUL_1 & _BITS_64
     z = (z ^ z >> 27) * _MUL_2 & _BITS_64

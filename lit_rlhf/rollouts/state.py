@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.rollouts.replay import ReplayBuffer
 from lit_rlhf.types import Experience, Rollout, ScoredRollout
 
 
@@ -24,6 +25,8 @@ class LoopState:
     prompts_seen: int = 0  # prompts drawn from the stream so far, over all ranks
     experience: Experience | None = None  # the rollout being trained on
     carried: ScoredRollout | None = None  # surplus groups of dynamic sampling, for the next rollout
+    replay: ReplayBuffer | None = None  # past rollouts, of the algorithms that train on them again
+    numbers: dict[str, float] = field(default_factory=dict)  # baselines, adaptive coefficients: what else moves
 
     def finish_iteration(self) -> None:
         """Move on to the next rollout or pass."""
@@ -36,15 +39,21 @@ class LoopState:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> LoopState:
         """The inverse of `to_plain`."""
-        state = cls(**{**plain, "experience": None, "carried": None})
+        state = cls(**{**plain, "experience": None, "carried": None, "replay": None})
         if plain["experience"] is not None:
             state.experience = Experience(**plain["experience"])
         if plain["carried"] is not None:
             state.carried = ScoredRollout(**plain["carried"])
+        if plain["replay"] is not None:
+            state.replay = ReplayBuffer.from_plain(plain["replay"])
         return state
 
 
 def _to_plain(value: Any) -> Any:
+    if isinstance(value, ReplayBuffer):
+        return value.to_plain()
+    if isinstance(value, dict):
+        return dict(value)
     if isinstance(value, Rollout):
         plain: dict[str, Tensor | None] = {f.name: getattr(value, f.name) for f in fields(value)}
         return plain
@@ -90,7 +99,7 @@ def check_same_model(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> 
     if other:
         raise InputError(
             f"ckpt_path: the checkpoint's models are not those of this run ({len(other)} weights differ, such as "
-            f"{other[0]}); give the same model and the same algo.kl_coef"
+            f"{other[0]}); give the same model, algo.kl_coef and algo.value"
         )
 
 

@@ -203,6 +203,7 @@ class Experience(ScoredRollout):
 
     advantages: Tensor  # [N, T]
     returns: Tensor | None = None  # [N, T], for the value function
+    staleness: Tensor | None = None  # [N] int64, rollouts between the weights that sampled and those trained on it
     step_tokens: Tensor | None = None  # []
     step_rows: Tensor | None = None  # []
 

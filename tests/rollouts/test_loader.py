@@ -10,7 +10,8 @@ from lit_rlhf.data.modules import RowsDataModule
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.scoring import score
 from lit_rlhf.rollouts.engines import TransformersEngine
-from lit_rlhf.rollouts.loader import PromptLoader, PromptStream, permutation, step_counts
+from lit_rlhf.rollouts.loader import PromptLoader, PromptStream, RolloutLoader, step_counts
+from lit_rlhf.rollouts.random import permutation
 from lit_rlhf.rollouts.state import LoopState
 from lit_rlhf.types import SamplingConfig
 from tests.helpers import (
@@ -128,11 +129,11 @@ def test_every_rollout_takes_the_next_prompts():
 
 def test_minibatches_are_another_plan_in_another_rollout_or_with_another_seed():
     module, _ = loader_of(minibatches=4)
-    plans = {tuple(torch.cat(module.minibatch_plan()).tolist())}
+    plans = {tuple(torch.cat(RolloutLoader(module).plan()).tolist())}
     module.loop.iteration = 1
-    plans.add(tuple(torch.cat(module.minibatch_plan()).tolist()))
+    plans.add(tuple(torch.cat(RolloutLoader(module).plan()).tolist()))
     module.seed = 6
-    plans.add(tuple(torch.cat(module.minibatch_plan()).tolist()))
+    plans.add(tuple(torch.cat(RolloutLoader(module).plan()).tolist()))
     assert len(plans) == 3
 
 

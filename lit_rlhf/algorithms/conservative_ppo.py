@@ -1,0 +1,129 @@
+"""Conservative PPO: PPO with a penalty above a KL threshold (Signal's document; the coefficient as in PPO, section 4).
+
+    L = L_pg + c_v L_v - c_e H + c max(0, K - kappa)^2,        K = mean_t KL( pi_theta(. | o_<t) || pi_ref(. | o_<t) )
+
+K is the mean over all tokens of the optimiser step, on all micro-batches and ranks, summed over the vocabulary
+(`penalty_kl="full"`) or estimated by k2. Since K is a mean, the penalty is not a sum over micro-batches: each
+contributes 2c max(0, K - kappa) k_t / M, which is its exact gradient, with K taken before the step. The document's k1
+has an expected gradient of zero and would only report. L_pg, L_v and A_t are PPO's; no other KL term unless asked for.
+`adaptive=True` doubles c where K > 1.5 kappa and halves it where K < kappa / 1.5, once per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from lit_rlhf.algorithms.base import LossAggregation
+from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
+from lit_rlhf.errors import check_choice, check_number
+from lit_rlhf.functional import doubling_coef, kl_estimate
+from lit_rlhf.models.scoring import Scores
+from lit_rlhf.ranks import sum_over_ranks
+from lit_rlhf.types import Experience
+
+
+class ConservativePPO(OnPolicyModule):
+    """PPO that is held near the reference by a quadratic penalty above a KL threshold.
+
+    Args:
+        conservative_coef: c, to begin with.
+        max_kl_divergence: kappa, nats per token.
+        adaptive: move c within `conservative_coef_range`.
+        conservative_coef_range: least and greatest c.
+        penalty_kl: `"full"`, over the vocabulary, or `"k2"`, from the sampled tokens.
+        gamma, gae_lambda, clip_ratio_low, clip_ratio_high, loss_agg: as in `PPO`.
+        kl_coef: beta of a further KL term in the reward.
+        **on_policy: the arguments of `OnPolicyModule`.
+    """
+
+    advantage_estimator = "gae"
+    policy_loss = "clip"
+    value = "separate"
+    kl_in = "reward"
+    whiten_advantages = True
+    update_epochs = 4
+    needs_reference = True
+    hyper_parameters = ("gamma", "gae_lambda", "clip_ratio_low", "clip_ratio_high")
+    stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **OnPolicyModule.stats_spec,
+        "loss/kl_penalty": ("value",),
+        "stability/kl_violation": ("value",),
+        "stability/max_kl_threshold": ("value",),
+        "stability/conservative_coef": ("value",),
+    }
+
+    def __init__(
+        self,
+        *,
+        conservative_coef: float = 0.1,
+        max_kl_divergence: float = 0.01,
+        adaptive: bool = False,
+        conservative_coef_range: tuple[float, float] = (1e-3, 1e3),
+        penalty_kl: Literal["full", "k2"] = "full",
+        gamma: float = 1.0,
+        gae_lambda: float = 0.95,
+        clip_ratio_low: float = 0.2,
+        clip_ratio_high: float = 0.2,
+        kl_coef: float = 0.0,
+        loss_agg: LossAggregation = "token-mean",
+        **on_policy: Unpack[OnPolicyArgs],
+    ) -> None:
+        check_choice("algo.penalty_kl", penalty_kl, ("full", "k2"))
+        check_number("algo.conservative_coef", conservative_coef, at_least=0)
+        check_number("algo.max_kl_divergence", max_kl_divergence, above=0)
+        self.conservative_coef, self.max_kl_divergence, self.adaptive = conservative_coef, max_kl_divergence, adaptive
+        self.conservative_coef_range, self.penalty_kl = conservative_coef_range, penalty_kl
+        self.gamma, self.gae_lambda = gamma, gae_lambda
+        self.clip_ratio_low, self.clip_ratio_high = clip_ratio_low, clip_ratio_high
+        super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
+        self._step_kl: Tensor | None = None  # K of the optimiser step, where several micro-batches make one
+
+    @property
+    def exact_kl(self) -> bool:
+        """See `OnPolicyModule.exact_kl`."""
+        return self.penalty_kl == "full" or super().exact_kl
+
+    def _kl(self, scores: Scores, batch: Experience) -> Tensor:
+        if scores.kl is not None:
+            return scores.kl
+        assert batch.ref_logprobs is not None
+        return kl_estimate(scores.logprobs, batch.ref_logprobs, "k2")
+
+    @torch.no_grad()
+    def begin_step(self, batches: Sequence[Experience]) -> None:
+        """Where several micro-batches make the step, K needs a forward pass of its own over all of them."""
+        self._step_kl = None
+        if len(batches) > 1:
+            with self._precision():
+                shares = [self.aggregate(self._kl(self.score(batch), batch), batch) for batch in batches]
+            self._step_kl = sum_over_ranks(torch.stack(shares).sum())
+
+    def compute_loss(self, scores: Scores, batch: Experience) -> dict[str, Tensor]:
+        """PPO's terms and the penalty, whose value is c max(0, K - kappa)^2 and whose gradient is its own."""
+        share = self.aggregate(self._kl(scores, batch), batch)  # of K
+        K = sum_over_ranks(share) if self._step_kl is None else self._step_kl
+        excess = (K - self.max_kl_divergence).clamp(min=0)
+        c = self.loop.numbers.setdefault("conservative_coef", self.conservative_coef)
+        penalty = c * excess.square() / self.loss_scale + 2 * c * excess * (share - share.detach())
+        self._last_kl = float(K)
+        self.count(
+            {
+                "stability/kl_violation": ((self.max_kl_divergence < K).float(), None),
+                "stability/max_kl_threshold": (self.max_kl_divergence, None),
+                "stability/conservative_coef": (c, None),
+            }
+        )
+        return {**super().compute_loss(scores, batch), "kl_penalty": penalty}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Adapt c, once per step."""
+        super().on_before_optimizer_step(optimizer)
+        if self.adaptive:
+            c, kappa = self.loop.numbers["conservative_coef"], self.max_kl_divergence
+            new = doubling_coef(c, self._last_kl, kappa, *self.conservative_coef_range)
+            self.loop.numbers["conservative_coef"] = new

@@ -1,0 +1,86 @@
+"""Importance correction: what data sampled by other weights is multiplied by (ALGORITHMS A9, decision D11).
+
+    w = clip( exp(lp - lp_b), clip_min, clip_max ) * decay^gap        detached, outside of any clip, per token
+
+lp_b is the policy that sampled. A loss with a ratio to pi_old corrects from pi_old to pi_theta itself, so lp is
+pi_old there, the proximal policy of the decoupled objective (arXiv 2110.00641); a score-function loss, -A lp, has no
+ratio, so lp is pi_theta. Nothing is corrected twice. At the level of sequences the exponent is the sum over the
+completion's tokens: exact, with more variance.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.errors import InputError, check_choice, check_number
+from lit_rlhf.functional import importance_weights
+from lit_rlhf.functional.masked import zero_outside
+from lit_rlhf.functional.policy_losses import policy_ratio
+from lit_rlhf.metrics import Cells
+from lit_rlhf.types import Experience
+
+Level = Literal["auto", "none", "token", "sequence"]
+IMPORTANCE_STATS = {
+    "stability/is_ratio": ("mean", "max", "min"),
+    "stability/ess": ("ess",),
+    "stability/clipped_fraction": ("value",),
+    "stability/behavior_kl": ("value",),
+}
+
+
+class ImportanceCorrection:
+    """Weights and metrics of stale rows.
+
+    Args:
+        level: `"token"` or `"sequence"` for all rows, `"auto"` per token for rows that older weights sampled alone,
+            `"none"`. Rows whose behaviour log-probs are known as a sum only are corrected by sequence.
+        clip_min: least weight, before the decay.
+        clip_max: greatest weight.
+        staleness_decay: factor per rollout between the sampling weights and those trained.
+    """
+
+    def __init__(self, level: Level, clip_min: float, clip_max: float, staleness_decay: float) -> None:
+        check_choice("algo.importance_correction", level, ("auto", "none", "token", "sequence"))
+        check_number("algo.importance_clip_min", clip_min, at_least=0)
+        check_number("algo.staleness_decay", staleness_decay, above=0)
+        if clip_max < max(clip_min, 1) or staleness_decay > 1:
+            raise InputError(
+                f"algo.importance_clip_max={clip_max} must be at least 1 and not below algo.importance_clip_min="
+                f"{clip_min}, and algo.staleness_decay={staleness_decay} at most 1"
+            )
+        self.level, self.clip_min, self.clip_max, self.staleness_decay = level, clip_min, clip_max, staleness_decay
+
+    def __call__(self, logprobs: Tensor, batch: Experience) -> tuple[Tensor | None, Cells]:
+        """Weights `[N, T]`, or None where nothing is corrected, and metrics of the raw ratios.
+
+        Args:
+            logprobs: `[N, T]` of pi_old, or of pi_theta for a loss without a ratio.
+            batch: rows with `behavior_logprobs` `[N, T]`, or `[N]` summed over the row, and `staleness` `[N]`.
+        """
+        if self.level == "none":
+            return None, {}
+        mask, gap, behavior = batch.response_mask, batch.staleness, batch.behavior_logprobs
+        corrected = torch.ones_like(mask[:, 0])
+        if self.level == "auto":
+            if gap is None:
+                return None, {}
+            corrected = gap > 0
+        now = zero_outside(logprobs.detach(), mask)
+        counted = mask & corrected.unsqueeze(1)
+        found: dict[str, tuple[Tensor | float, Tensor | None]] = {}
+        if behavior.ndim == 2:
+            behavior = zero_outside(behavior, mask)
+            found["behavior_kl"] = (behavior - now, counted)
+        if behavior.ndim == 1 or self.level == "sequence":
+            now, behavior = now.sum(1), behavior if behavior.ndim == 1 else behavior.sum(1)
+            counted = counted.any(1)
+        raw = policy_ratio(now, behavior)
+        outside = (raw < self.clip_min) | (raw > self.clip_max)
+        found |= {"is_ratio": (raw, counted), "ess": (raw, counted), "clipped_fraction": (outside.float(), counted)}
+        weights = importance_weights(now, behavior, self.clip_min, self.clip_max, self.staleness_decay, gap)
+        weights = weights.unsqueeze(1).expand(mask.shape) if weights.ndim == 1 else weights
+        weights = torch.where(corrected.unsqueeze(1), weights, 1.0)
+        return weights, {f"stability/{name}": cells for name, cells in found.items()}
