@@ -14,9 +14,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
+from lit_rlhf.algorithms.passes import pass_loader
 from lit_rlhf.data.collate import collate_completions
 from lit_rlhf.data.rows import encode_completion
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import check_number
 from lit_rlhf.models.loading import max_positions
 from lit_rlhf.rollouts.loader import PassLoader
 from lit_rlhf.types import CompletionBatch, Row
@@ -40,8 +41,7 @@ class SFT(RLHFModule):
 
     def __init__(self, *, batch_size: int = 32, lr: float = 2e-5, **module: Unpack[ModuleArgs]) -> None:
         super().__init__(lr=lr, **module)
-        if batch_size < 1:
-            raise InputError(f"algo.batch_size must be at least 1, got {batch_size}")
+        check_number("algo.batch_size", batch_size, at_least=1)
         self.batch_size = batch_size
 
     @property
@@ -67,17 +67,5 @@ class SFT(RLHFModule):
 
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> PassLoader:
         """Micro-batches of demonstrations: rows with `prompt` and `completion`."""
-        share = self.batch_size // (self.world_size * self.accumulate)
-        if share * self.world_size * self.accumulate != self.batch_size:
-            raise InputError(
-                f"algo.batch_size={self.batch_size} does not divide over {self.world_size} devices x "
-                f"trainer.accumulate_grad_batches={self.accumulate}; change one of them"
-            )
-        first = rows_of(0)
-        if len(first) < self.batch_size:
-            raise InputError(f"{len(first)} demonstrations do not fill one batch of algo.batch_size={self.batch_size}")
-        if unfit := [row for row in first if not isinstance(row.get("completion"), str)]:
-            columns = ", ".join(sorted(unfit[0]))
-            raise InputError(f"SFT needs a text 'completion' in every row; {len(unfit)} have none, only {columns}")
         collate = lambda rows: collate_completions(self.tokenizer, rows)  # noqa: E731
-        return PassLoader(self, rows_of, collate, self.batch_size)
+        return pass_loader(self, rows_of, collate, self.batch_size, ["completion"], "demonstrations")

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from lit_rlhf.data.rows import read_rows
-from lit_rlhf.data.tasks import arithmetic_splits, demonstrations
+from lit_rlhf.data.tasks import arithmetic_splits, demonstrations, preference_pairs
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards import exact_match, final_number, numeric_answer
 from lit_rlhf.types import Row
@@ -28,14 +28,16 @@ class _Room:
 
 
 def _most_tokens(row: Row) -> int:
-    return sum(len(text.encode()) for text in (row["prompt"], row.get("completion")) if isinstance(text, str)) + 4
+    completions = [row.get(column) for column in ("completion", "chosen", "rejected")]
+    longest = max((len(text.encode()) for text in completions if isinstance(text, str)), default=0)
+    return len(row["prompt"].encode()) + longest + 4
 
 
 class RowsDataModule(LightningDataModule):
     """Rows to train on and held-out rows to validate on.
 
-    The module in training turns the rows into what it iterates over: rollouts of their prompts, or batches
-    of their completions.
+    The module in training turns the rows into what it iterates over: rollouts of their prompts, or batches of their
+    completions or of pairs of them.
 
     Args:
         train_rows: dictionaries with a `"prompt"` and whatever columns the rewards name.
@@ -76,14 +78,27 @@ class RowsDataModule(LightningDataModule):
             "the model's context less rollout.max_new_tokens leaves",
             "shorten them, lower rollout.max_new_tokens",
         )
-        if module.rewards is not None or self.reward_funcs:  # else nothing is sampled in validation
+        if self._samples_held_out:
             self.held_out_rows = self._fitting("held-out", self.held_out_rows, self.held_out_rows, room)
         if hasattr(module, "row_length"):  # it trains on the rows and not on rollouts of their prompts
             context = "the model's context is"
             room = _Room(module.row_limit, module.row_length, "rows with completion and EOS", context, "shorten them")
             self.train_rows = self._fitting("training", self.train_rows, self.rows_of(0), room)
+            if self._compares_held_out:
+                self.held_out_rows = self._fitting("held-out", self.held_out_rows, self.held_out_rows, room)
         else:
             self.train_rows = self._fitting("training", self.train_rows, self.train_rows, room)
+
+    @property
+    def _compares_held_out(self) -> bool:
+        """Whether the module in training validates on pairs."""
+        return hasattr(self._module, "compare")
+
+    @property
+    def _samples_held_out(self) -> bool:
+        """Whether it samples completions in validation, which takes a reward function to judge them."""
+        judged = self._module.rewards is not None or bool(self.reward_funcs)
+        return judged and getattr(self._module, "samples_in_validation", True)
 
     def _fitting(self, which: str, rows: list[Row], measured: Sequence[Row], room: _Room) -> list[Row]:
         """The rows whose counterpart in `measured` fits."""
@@ -110,8 +125,8 @@ class RowsDataModule(LightningDataModule):
         return self._module.training_loader(self.rows_of)
 
     def val_dataloader(self) -> Any:
-        """Batches of held-out prompts; none where there are no rows or no reward function."""
-        if not self.held_out_rows or self._module.rewards is None:
+        """Batches of held-out prompts or pairs; none where there are no rows, or nothing to judge samples by."""
+        if not self.held_out_rows or not (self._compares_held_out or self._samples_held_out):
             return []
         return self._module.validation_loader(self.held_out_rows, self.validation_batch_size)
 
@@ -124,7 +139,8 @@ class ArithmeticData(RowsDataModule):
         held_out: problems kept for validation; they never occur in training, nor with the operands swapped.
         train_size: problems to train on; by default all others (20,000 at difficulty 3 and above).
         right_fraction: how often the demonstrations' tutor is right (SFT).
-        seed: decides the split and the demonstrations.
+        fixed_pairs: reject the same wrong answers in every pass (preferences), as `algo.reference_cache` needs it.
+        seed: decides the split, the demonstrations and the pairs.
         validation_batch_size: prompts per validation batch.
     """
 
@@ -134,22 +150,28 @@ class ArithmeticData(RowsDataModule):
         held_out: int = 512,
         train_size: int | None = None,
         right_fraction: float = 0.5,
+        fixed_pairs: bool = False,
         seed: int = 0,
         validation_batch_size: int = 512,
     ) -> None:
         train, test = arithmetic_splits(difficulty, held_out, train_size, seed)
-        super().__init__(train, test, [exact_match], validation_batch_size)
-        self.right_fraction, self.seed = right_fraction, seed
+        super().__init__(train, preference_pairs(test, seed), [exact_match], validation_batch_size)
+        self.right_fraction, self.fixed_pairs, self.seed = right_fraction, fixed_pairs, seed
 
     def rows_of(self, iteration: int) -> Sequence[Row]:
-        """The problems with the tutor's answers of this pass: the same problem is right once and wrong once."""
-        return demonstrations(self.train_rows, self.seed, self.right_fraction, iteration)
+        """The problems with the tutor's answers of this pass: the same problem is right once and wrong once.
+
+        `completion` is a demonstration; `chosen` is the right answer and `rejected` a wrong one.
+        """
+        shown = demonstrations(self.train_rows, self.seed, self.right_fraction, iteration)
+        return preference_pairs(shown, self.seed, 0 if self.fixed_pairs else iteration)
 
 
 class FileData(RowsDataModule):
-    """Prompts from a file.
+    """Prompts from a file, with completions to imitate or to compare where the algorithm wants them.
 
-    Rows with an `answer` column are verified by it unless the algorithm has reward functions of its own:
+    `completion` is a demonstration (SFT); `chosen` and `rejected` are a pair (preferences), with a `margin` if there is
+    one. Rows with an `answer` column are verified by it unless the algorithm has reward functions of its own:
     numerically where every answer is a number (GSM8K), by exact match otherwise.
 
     Args:

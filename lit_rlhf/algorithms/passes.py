@@ -1,0 +1,68 @@
+"""What the algorithms share that make passes over a dataset: batches of its rows, and of the held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lit_rlhf.algorithms.base import RLHFModule
+from lit_rlhf.errors import InputError
+from lit_rlhf.rollouts.loader import PassLoader
+from lit_rlhf.types import Row
+
+Collate = Callable[[list[Row]], Any]
+
+
+def has_texts(row: Row, columns: Sequence[str]) -> bool:
+    """Whether each of the columns holds a text."""
+    return all(isinstance(row.get(column), str) for column in columns)
+
+
+def pass_loader(
+    module: RLHFModule,
+    rows_of: Callable[[int], Sequence[Row]],
+    collate: Collate,
+    batch_size: int,
+    columns: Sequence[str],
+    what: str,
+) -> PassLoader:
+    """Micro-batches of passes over the data, checked before anything is trained on.
+
+    Args:
+        module: the algorithm in training.
+        rows_of: the dataset of pass i.
+        collate: turns rows into a batch.
+        batch_size: rows of an optimiser step, over its micro-batches and ranks.
+        columns: what every row needs a text in, beside its prompt.
+        what: the rows are to the user.
+
+    Raises:
+        InputError: the batch does not divide over devices and micro-batches, or rows are too few or lack a text.
+    """
+    if batch_size % (module.world_size * module.accumulate):
+        raise InputError(
+            f"algo.batch_size={batch_size} does not divide over {module.world_size} devices x "
+            f"trainer.accumulate_grad_batches={module.accumulate}; change one of them"
+        )
+    first = rows_of(0)
+    if len(first) < batch_size:
+        raise InputError(f"{len(first)} {what} do not fill one batch of algo.batch_size={batch_size}")
+    if unfit := [row for row in first if not has_texts(row, columns)]:
+        needed, given = " and ".join(f"a text {column!r}" for column in columns), ", ".join(sorted(unfit[0]))
+        name = type(module).__name__
+        raise InputError(f"{name} needs {needed} in every row; {len(unfit)} of {len(first)} have not, only {given}")
+    return PassLoader(module, rows_of, collate, batch_size)
+
+
+class HeldOutLoader:
+    """Held-out rows in batches, this rank's share of them."""
+
+    def __init__(self, rows: Sequence[Row], collate: Collate, batch_size: int, rank: int, world_size: int) -> None:
+        self.rows, self.collate, self.batch_size = rows[rank::world_size], collate, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self.rows), self.batch_size):
+            yield self.collate(list(self.rows[start : start + self.batch_size]))
