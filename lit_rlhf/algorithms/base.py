@@ -313,6 +313,10 @@ class RLHFModule(LightningModule):
         """Held-out prompts, sharded over the ranks."""
         return PromptLoader(rows, self.encode_prompt, batch_size, self.rank, self.world_size)
 
+    def export_model(self) -> Any:
+        """The Hugging Face model that a run leaves in its `model/` folder."""
+        return self.models.policy
+
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     @property

@@ -1,4 +1,4 @@
-"""Write the trained policy as a Hugging Face folder."""
+"""Write what was trained as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 
 class HFExport(Callback):
-    """At the end of the fit, save policy and tokenizer to `folder`; `from_pretrained` loads it.
+    """At the end of the fit, save the trained model and its tokenizer to `folder`; `from_pretrained` loads them.
 
     Args:
         folder: where to; it is made if needed.
@@ -21,5 +21,5 @@ class HFExport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save, on the first rank."""
         if trainer.is_global_zero:
-            pl_module.models.policy.save_pretrained(self.folder)
+            pl_module.export_model().save_pretrained(self.folder)
             pl_module.tokenizer.save_pretrained(self.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Iterator
@@ -85,6 +86,17 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, eos_token_i
     while ids[-1:] == [eos]:
         ids.pop()
     return [*ids, eos]
+
+
+def with_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy that pads with another token than EOS where it does not."""
+    eos = tokenizer.eos_token_id
+    if tokenizer.pad_token_id != eos:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    others = [i for i in tokenizer.all_special_ids if i != eos] or [i for i in range(len(tokenizer)) if i != eos]
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[0])
+    return tokenizer
 
 
 def _existing(file: Path) -> Path:
