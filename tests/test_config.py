@@ -10,10 +10,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
+from lit_rlhf.algorithms.critic import Critic, CriticArgs
 from lit_rlhf.algorithms.grpo import GRPO
+from lit_rlhf.algorithms.kl_penalty import KLArgs, KLPenalty
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 from lit_rlhf.config import check_config, check_run, conf_dir, nearest, prepare_arguments, signature_of
 from lit_rlhf.errors import InputError
+from lit_rlhf.rollouts.importance import ImportanceArgs, ImportanceCorrection
 from lit_rlhf.train import _top_level
 from tests.helpers import NumberTokenizer, build, sum_of_ids, tiny_model
 from tests.runs import config_of
@@ -93,31 +96,53 @@ def test_targets_are_the_ones_expected():
     assert {"lit_rlhf.algorithms.grpo.GRPO", "lightning.pytorch.trainer.trainer.Trainer"} <= set(TARGETS)
 
 
-@pytest.mark.parametrize(("module", "arguments"), [(RLHFModule, ModuleArgs), (OnPolicyModule, OnPolicyArgs)])
-def test_the_arguments_passed_on_are_those_of_the_constructor(module, arguments):
+NAMED_BY_ITSELF = {"lr", "loss_agg", "kl_coef"}  # what an algorithm's own signature states, where it has it
+SET_BY_THE_FAMILY = {"reference", "value", "value_std"}  # what the base takes and no user gives to it
+
+
+def parameters_of(function):
+    skipped = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.name != "self" and p.kind not in skipped}
+
+
+PARTS = {
+    KLPenalty: (KLArgs, {"kl_coef", "kl_in"}),
+    Critic: (CriticArgs, set()),
+    ImportanceCorrection: (ImportanceArgs, {"importance_correction"}),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_arguments_of_a_part_are_those_of_its_constructor(part):
+    arguments, given = PARTS[part]
+    assert set(arguments.__annotations__) == set(parameters_of(part.__init__)) - given
+
+
+def test_the_arguments_passed_on_are_those_of_the_constructors():
     """A name in one and not in the other would be refused or ignored."""
-    constructor = set(inspect.signature(module.__init__).parameters) - {"self", "module"}
-    named_by_every_algorithm = {"lr", "loss_agg"} if module is OnPolicyModule else {"lr"}
-    set_by_the_family = {"reference"} if module is RLHFModule else set()
-    inherited = set(arguments.__bases__ and getattr(arguments, "__annotations__", {}))
-    own = inherited - (set(ModuleArgs.__annotations__) if module is OnPolicyModule else set())
-    assert own - {"lr"} == constructor - named_by_every_algorithm - set_by_the_family
+    base, template = set(parameters_of(RLHFModule.__init__)), set(parameters_of(OnPolicyModule.__init__))
+    assert set(ModuleArgs.__annotations__) == base - SET_BY_THE_FAMILY - {"lr"}
+    parts = {name for arguments, _ in PARTS.values() for name in arguments.__annotations__}
+    passed_on = set(typing.get_type_hints(OnPolicyArgs))
+    assert passed_on == set(ModuleArgs.__annotations__) | parts | template - {"loss_agg", "kl_coef"}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_known_key_of_an_algorithm_is_accepted_by_its_constructor(name):
     """Not only by signature: the constructor is called with all of them."""
-    target = OmegaConf.load(conf_dir() / "algo" / f"{name}.yaml")["_target_"]
+    target = target_of(OmegaConf.load(conf_dir() / "algo" / f"{name}.yaml")["_target_"])
     defaults = {}
-    for base in reversed(target_of(target).__mro__):
-        if issubclass(base, RLHFModule):
-            parameters = inspect.signature(base.__init__).parameters.values()
+    for base in [*PARTS, *reversed(target.__mro__)]:
+        if base in PARTS or issubclass(base, RLHFModule):
+            parameters = parameters_of(base.__init__).values()
             defaults |= {p.name: p.default for p in parameters if p.default is not p.empty}
-    keys = set(signature_of(target).parameters)
-    assert keys == set(defaults) - {"reference"} - (set() if "loss_agg" in keys else {"loss_agg"})
+    keys = set(signature_of(f"{target.__module__}.{target.__name__}").parameters)
+    if issubclass(target, OnPolicyModule):
+        assert keys == set(defaults) - {"reference", "value_std"}
     given = {key: defaults[key] for key in keys}
     given |= {"policy": tiny_model(), "tokenizer": NumberTokenizer(), "reward_funcs": [sum_of_ids]}
-    target_of(target)(**given)
+    target(**given)
 
 
 def write(folder, monkeypatch, **files):
@@ -134,6 +159,7 @@ def test_a_users_classes_are_read_without_importing_them(tmp_path, monkeypatch):
 raise RuntimeError("imported")
 from dataclasses import dataclass
 from lit_rlhf import DAPO
+from lit_rlhf.algorithms.kl_penalty import KLArgs, KLPenalty
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs
 class Inherits(DAPO):
     pass
@@ -173,6 +199,8 @@ def test_every_yaml_composes_and_its_keys_exist(group, name):
     if (group, name) in {("data", "file"), ("model", "pretrained")}:
         config = config_of(f"{group}.path=somewhere")
         assert config[group].path == "somewhere"
+    elif group == "preset":
+        config = config_of(f"algo={name.removeprefix('arithmetic_tiny_')}")
     else:
         config = config_of(f"{group}={name}")
     check_config(plain(config))
@@ -314,12 +342,12 @@ def test_values_arrive_as_they_were_given():
     ("argument", "sentence"),
     [
         ("algo=dapoo", "unknown choice algo=dapoo; did you mean 'dapo'?"),
-        ("algo=xyzxyz", "unknown choice algo=xyzxyz; known: dapo, grpo, sft"),
+        ("algo=xyzxyz", "unknown choice algo=xyzxyz; known: " + ", ".join(ALGORITHMS)),
         ("algo=grpo,dappo", "unknown choice algo=dappo; did you mean 'dapo'?"),
         ("algo=grpo,dapo", "algo=grpo,dapo are several runs; add -m to start one after the other"),
         ("data=", "unknown choice data=; known: arithmetic, file"),
         ("data=null", "unknown choice data=null; known: arithmetic, file"),
-        ("algo=null", "unknown choice algo=null; known: dapo, grpo, sft"),
+        ("algo=null", "unknown choice algo=null; known: " + ", ".join(ALGORITHMS)),
         ("trainer=null", "unknown choice trainer=null; known: default"),
         ("trainr.max_epochs=3", "unknown key 'trainr.max_epochs'; did you mean 'trainer'?"),
         ("+trainr.max_epochs=3", "unknown key '+trainr.max_epochs'; did you mean 'trainer'?"),
@@ -475,7 +503,7 @@ def test_the_keys_of_an_algorithm_are_its_own():
     ("argument", "sentence"),
     [
         ({"loss_agg": "tokens"}, "algo.loss_agg must be one of token-mean, seq-mean-token-mean, "),
-        ({"kl_estimator": "k9"}, "algo.kl_estimator must be one of k1, k2, k3, got 'k9'"),
+        ({"kl_estimator": "k9"}, "algo.kl_estimator must be one of k1, k2, k3, full, got 'k9'"),
         ({"scale_rewards": "yes"}, "algo.scale_rewards must be one of std, none, batch, got 'yes'"),
         ({"lr_schedule": "flat"}, "algo.lr_schedule must be one of constant, linear, cosine, got 'flat'"),
     ],

@@ -120,13 +120,13 @@ def algorithms():
     for name, file in FILES.items():
         if part_of(name) == "algorithms":
             for node in ast.parse(file.read_text()).body:
-                if isinstance(node, ast.ClassDef) and name.split(".")[-1] == node.name.lower():
+                if isinstance(node, ast.ClassDef) and node.name in lit_rlhf.__all__ and "Module" not in node.name:
                     yield getattr(lit_rlhf, node.name)
 
 
 def test_no_algorithm_inherits_from_another():
     found = list(algorithms())
-    assert {"GRPO", "DAPO", "SFT"} <= {algorithm.__name__ for algorithm in found}
+    assert len(found) >= 15, "the search for algorithms has gone blind"
     for algorithm in found:
         ancestors = algorithm.__mro__[1:]
         assert not set(ancestors) & set(found), f"{algorithm.__name__} has an algorithm above it"

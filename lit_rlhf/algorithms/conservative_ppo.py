@@ -2,11 +2,10 @@
 
     L = L_pg + c_v L_v - c_e H + c max(0, K - kappa)^2,        K = mean_t KL( pi_theta(. | o_<t) || pi_ref(. | o_<t) )
 
-K is the mean over all tokens of the optimiser step, on all micro-batches and ranks, summed over the vocabulary
-(`penalty_kl="full"`) or estimated by k2. Since K is a mean, the penalty is not a sum over micro-batches: each
-contributes 2c max(0, K - kappa) k_t / M, which is its exact gradient, with K taken before the step. The document's k1
-has an expected gradient of zero and would only report. L_pg, L_v and A_t are PPO's; no other KL term unless asked for.
-`adaptive=True` doubles c where K > 1.5 kappa and halves it where K < kappa / 1.5, once per step.
+K is the mean over all tokens of the optimiser step, summed over the vocabulary or estimated by k2. The penalty is no
+sum over micro-batches and ranks: each contributes 2c max(0, K - kappa) k_t / M, its exact gradient, with K taken before
+the step. The document's k1 has an expected gradient of zero. L_pg, L_v and A_t are PPO's. `adaptive=True` doubles c
+where K > 1.5 kappa and halves it where K < kappa / 1.5, once per step.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from lit_rlhf.models.scoring import Scores
 from lit_rlhf.ranks import sum_over_ranks
 from lit_rlhf.types import Experience
 
+_OWN_STATS = ("kl_violation", "max_kl_threshold", "conservative_coef")
+
 
 class ConservativePPO(OnPolicyModule):
     """PPO that is held near the reference by a quadratic penalty above a KL threshold.
@@ -33,8 +34,7 @@ class ConservativePPO(OnPolicyModule):
     Args:
         conservative_coef: c, to begin with.
         max_kl_divergence: kappa, nats per token.
-        adaptive: move c within `conservative_coef_range`.
-        conservative_coef_range: least and greatest c.
+        adaptive: move c, within `conservative_coef_range`.
         penalty_kl: `"full"`, over the vocabulary, or `"k2"`, from the sampled tokens.
         gamma, gae_lambda, clip_ratio_low, clip_ratio_high, loss_agg: as in `PPO`.
         kl_coef: beta of a further KL term in the reward.
@@ -51,10 +51,7 @@ class ConservativePPO(OnPolicyModule):
     hyper_parameters = ("gamma", "gae_lambda", "clip_ratio_low", "clip_ratio_high")
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **OnPolicyModule.stats_spec,
-        "loss/kl_penalty": ("value",),
-        "stability/kl_violation": ("value",),
-        "stability/max_kl_threshold": ("value",),
-        "stability/conservative_coef": ("value",),
+        **dict.fromkeys(("loss/kl_penalty", *(f"stability/{name}" for name in _OWN_STATS)), ("value",)),
     }
 
     def __init__(
@@ -104,20 +101,15 @@ class ConservativePPO(OnPolicyModule):
             self._step_kl = sum_over_ranks(torch.stack(shares).sum())
 
     def compute_loss(self, scores: Scores, batch: Experience) -> dict[str, Tensor]:
-        """PPO's terms and the penalty, whose value is c max(0, K - kappa)^2 and whose gradient is its own."""
-        share = self.aggregate(self._kl(scores, batch), batch)  # of K
-        K = sum_over_ranks(share) if self._step_kl is None else self._step_kl
-        excess = (K - self.max_kl_divergence).clamp(min=0)
-        c = self.loop.numbers.setdefault("conservative_coef", self.conservative_coef)
+        """PPO's terms and the penalty: its value, and its gradient through this micro-batch's share of K."""
+        share = self.aggregate(self._kl(scores, batch), batch)
+        K = sum_over_ranks(share) * self.accumulate if self._step_kl is None else self._step_kl
+        kappa, c = self.max_kl_divergence, self.loop.numbers.setdefault("conservative_coef", self.conservative_coef)
+        excess = (K - kappa).clamp(min=0)
         penalty = c * excess.square() / self.loss_scale + 2 * c * excess * (share - share.detach())
         self._last_kl = float(K)
-        self.count(
-            {
-                "stability/kl_violation": ((self.max_kl_divergence < K).float(), None),
-                "stability/max_kl_threshold": (self.max_kl_divergence, None),
-                "stability/conservative_coef": (c, None),
-            }
-        )
+        for name, value in zip(_OWN_STATS, (float(excess > 0), kappa, c), strict=True):
+            self.count({f"stability/{name}": (value, None)})
         return {**super().compute_loss(scores, batch), "kl_penalty": penalty}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -125,5 +117,5 @@ class ConservativePPO(OnPolicyModule):
         super().on_before_optimizer_step(optimizer)
         if self.adaptive:
             c, kappa = self.loop.numbers["conservative_coef"], self.max_kl_divergence
-            new = doubling_coef(c, self._last_kl, kappa, *self.conservative_coef_range)
-            self.loop.numbers["conservative_coef"] = new
+            c = doubling_coef(c, self._last_kl, kappa, *self.conservative_coef_range)
+            self.loop.numbers["conservative_coef"] = c

@@ -14,7 +14,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation, ModuleArgs, RLHFModule
-from lit_rlhf.algorithms.kl_penalty import KLPenalty, Place
+from lit_rlhf.algorithms.critic import Critic, CriticArgs
+from lit_rlhf.algorithms.kl_penalty import KLArgs, KLPenalty, Place
 from lit_rlhf.algorithms.on_policy_checks import check_arguments, check_loop
 from lit_rlhf.algorithms.on_policy_stats import (
     ON_POLICY_STATS,
@@ -24,15 +25,15 @@ from lit_rlhf.algorithms.on_policy_stats import (
     sample_stats,
     update_stats,
 )
+from lit_rlhf.algorithms.target_kl import TargetKL
 from lit_rlhf.errors import check_choice
-from lit_rlhf.functional import clipped_value_loss
-from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.models.wrapper import ValueKind
-from lit_rlhf.ranks import mean_over_ranks, sum_over_ranks, whiten_over_ranks
+from lit_rlhf.ranks import whiten_over_ranks
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss, has_ratio
-from lit_rlhf.rollouts.importance import ImportanceCorrection, Level
+from lit_rlhf.rollouts.importance import ImportanceArgs, ImportanceCorrection, Level
 from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader
+from lit_rlhf.rollouts.sampler import start_of_update
 from lit_rlhf.types import Experience, PromptBatch, Row, ScoredRollout
 
 _PROPORTIONAL_LOSSES = (
@@ -43,13 +44,18 @@ _PROPORTIONAL_LOSSES = (
     "sequence_clip",
     "reinforce",
 )  # 0 where the advantage is 0
+_PARTS = (KLArgs.__annotations__, CriticArgs.__annotations__, ImportanceArgs.__annotations__)
 _SCALAR_LOSS = (
     "the policy loss returns a scalar, which is used as it is: with micro-batches or ranks of unequal lengths their "
     "tokens weigh differently; return [N, T] and algo.loss_agg averages them exactly"
 )
 
 
-class OnPolicyArgs(ModuleArgs, total=False):
+class TemplateArgs(ModuleArgs, KLArgs, CriticArgs, ImportanceArgs, total=False):
+    """The keyword arguments that `OnPolicyModule` hands on to its parts."""
+
+
+class OnPolicyArgs(TemplateArgs, total=False):
     """The keyword arguments of `OnPolicyModule`, which every on-policy algorithm passes on."""
 
     lr: float | None
@@ -60,25 +66,14 @@ class OnPolicyArgs(ModuleArgs, total=False):
     advantage_estimator: str | Callable[..., Any] | None
     policy_loss: str | Callable[..., Any] | None
     kl_in: Place | None
-    kl_estimator: str | None
-    kl_unbiased: bool
-    kl_target: float | None
-    kl_horizon: int
+    whiten_advantages: bool | None
+    value: ValueKind | None
+    importance_correction: Level | None
     target_kl: float | None
     entropy_coef: float
     entropy: Literal["full", "none"]
-    whiten_advantages: bool | None
-    value: ValueKind | None
-    value_coef: float
-    value_clip: float | None
-    value_lr: float | None
     truncation_penalty: float
-    bootstrap_truncated: bool
     mask_truncated: bool
-    importance_correction: Level | None
-    importance_clip_min: float
-    importance_clip_max: float
-    staleness_decay: float
     skip_zero_advantage: bool
 
 
@@ -100,33 +95,21 @@ class OnPolicyModule(RLHFModule):
         policy_loss: the same for `(old_logp, logp, advantages, mask, **named) -> (loss, metrics)`.
         loss_agg: how per-token losses are averaged, see `functional.aggregate`.
         kl_coef: beta, weight of the KL to the reference. With 0 no reference model is held.
-        kl_in: `"reward"`, `"loss"` or `"both"`; see `KLPenalty` for this and the next four.
-        kl_estimator: `"k1"`, `"k2"`, `"k3"` or `"full"`; by default k1 in the reward and k3 in the loss.
-        kl_unbiased: multiply the loss's estimate by the policy's ratio.
-        kl_target: nats per completion; makes beta adaptive.
-        kl_horizon: completions over which beta adapts.
-        target_kl: an optimiser step before which the policy has moved by more than 1.5 times this (k3 to the old
-            policy, nats per token) is not taken, and neither are the rollout's remaining ones.
-        entropy_coef: weight of the entropy bonus.
-        entropy: `"none"` leaves the metric out, and the memory it takes.
+        kl_in: `"reward"`, `"loss"` or `"both"`; see `KLPenalty`.
         whiten_advantages: to mean 0 and variance 1 over the rollout's tokens on all ranks; returns stay as they are.
         value: the value function: `"none"`, `"shared"` (a head on the policy) or `"separate"` (a model of its own).
-        value_coef: weight of the value loss.
-        value_clip: how far from the rollout's value the new one counts; None for no clip.
-        value_lr: learning rate of the value function's own parameters; by default the policy's.
+        importance_correction: of rows that other weights sampled, see `rollouts.importance`.
+        target_kl: nats per token; an optimiser step that begins further than 1.5 times this (k3) from the old policy
+            is not taken, and neither are the rollout's remaining ones.
+        entropy_coef: c_e, weight of the entropy bonus.
+        entropy: `"none"` leaves the metric out, and the memory it takes.
         truncation_penalty: taken from the reward of a completion that was cut off at `max_new_tokens`.
-        bootstrap_truncated: a completion that was cut off goes on to earn its last value, instead of ending there.
         mask_truncated: leave completions that were cut off out of the loss; their rewards still count in the group.
-        importance_correction: `"auto"` for stale rows alone, `"token"`, `"sequence"` or `"none"`; see
-            `rollouts.importance` for this and the next three.
-        importance_clip_min: least importance weight.
-        importance_clip_max: greatest importance weight.
-        staleness_decay: factor per rollout of staleness.
         skip_zero_advantage: leave completions of advantage 0, those of groups with equal rewards, out of the
             forward and backward pass. The gradient is the same, since the built-in losses are proportional to the
             advantage; the `stability/` metrics then describe the completions that remain. Without effect beside a
             KL, entropy or value term or a loss of your own, which may act on all.
-        **module: the arguments of `RLHFModule`.
+        **parts: the arguments of `RLHFModule`, `KLPenalty`, `Critic` and `ImportanceCorrection`.
     """
 
     advantage_estimator: Any = "group_normalize"
@@ -137,6 +120,7 @@ class OnPolicyModule(RLHFModule):
     importance_correction: Level = "auto"
     minibatches: int = 1
     update_epochs: int = 1
+    needs_reference: ClassVar[bool] = False  # also without a KL coefficient
     hyper_parameters: ClassVar[tuple[str, ...]] = ()  # the subclass's own, offered by name to estimator and loss
     progress_keys = ("reward/reward_mean", "reward/accuracy", "stability/entropy")
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = ON_POLICY_STATS
@@ -154,29 +138,23 @@ class OnPolicyModule(RLHFModule):
         loss_agg: LossAggregation = "token-mean",
         kl_coef: float = 0.0,
         kl_in: Place | None = None,
-        kl_estimator: str | None = None,
-        kl_unbiased: bool = False,
-        kl_target: float | None = None,
-        kl_horizon: int = 10_000,
+        whiten_advantages: bool | None = None,
+        value: ValueKind | None = None,
+        importance_correction: Level | None = None,
         target_kl: float | None = None,
         entropy_coef: float = 0.0,
         entropy: Literal["full", "none"] = "full",
-        whiten_advantages: bool | None = None,
-        value: ValueKind | None = None,
-        value_coef: float = 0.5,
-        value_clip: float | None = 0.2,
-        value_lr: float | None = None,
         truncation_penalty: float = 0.0,
-        bootstrap_truncated: bool = False,
         mask_truncated: bool = False,
-        importance_correction: Level | None = None,
-        importance_clip_min: float = 0.5,
-        importance_clip_max: float = 2.0,
-        staleness_decay: float = 0.99,
         skip_zero_advantage: bool = False,
-        **module: Unpack[ModuleArgs],
+        **parts: Unpack[TemplateArgs],
     ) -> None:
-        of_the_paper: dict[str, Any] = {
+        given: dict[str, Any] = dict(parts)
+        kl, critic, importance = ({k: given.pop(k) for k in part if k in given} for part in _PARTS)
+        kind = type(self).value if value is None else value
+        check_choice("algo.value", kind, ("none", "shared", "separate"))
+        super().__init__(**given, lr=lr, reference=kl_coef != 0 or self.needs_reference, value=kind)
+        of_the_paper = {
             "minibatches": minibatches,
             "update_epochs": update_epochs,
             "advantage_estimator": advantage_estimator,
@@ -186,34 +164,22 @@ class OnPolicyModule(RLHFModule):
             "value": value,
             "importance_correction": importance_correction,
         }
-        chosen = {name: getattr(type(self), name) if v is None else v for name, v in of_the_paper.items()}
-        check_choice("algo.value", chosen["value"], ("none", "shared", "separate"))
-        reference = kl_coef != 0 or self.needs_reference
-        super().__init__(**module, lr=lr, reference=reference, value=chosen["value"])
-        for name, choice in chosen.items():
-            setattr(self, name, choice)
-        self._estimate, self._policy_loss = (
-            get_adv_estimator(self.advantage_estimator),
-            get_policy_loss(self.policy_loss),
-        )
-        self.group_size, self.prompts_per_rollout = group_size, prompts_per_rollout
-        self.loss_agg, self.kl_coef, self.target_kl = loss_agg, kl_coef, target_kl
-        self.kl = KLPenalty(kl_coef, self.kl_in, kl_estimator, kl_unbiased, kl_target, kl_horizon)
+        for name, choice in of_the_paper.items():
+            setattr(self, name, getattr(type(self), name) if choice is None else choice)
+        self._estimate = get_adv_estimator(self.advantage_estimator)
+        self._policy_loss = get_policy_loss(self.policy_loss)
+        self.group_size, self.prompts_per_rollout, self.loss_agg = group_size, prompts_per_rollout, loss_agg
+        self.kl_coef, self.kl = kl_coef, KLPenalty(kl_coef, self.kl_in, **kl)
+        self.critic, self.target_kl = Critic(**critic), TargetKL(target_kl)
+        self.importance = ImportanceCorrection(self.importance_correction, **importance)
+        self.value_lr = self.critic.lr
         self.entropy_coef, self.entropy = entropy_coef, entropy
-        self.value_coef, self.value_clip, self.value_lr = value_coef, value_clip, value_lr
-        self.truncation_penalty, self.bootstrap_truncated = truncation_penalty, bootstrap_truncated
-        self.mask_truncated = mask_truncated
-        self.importance = ImportanceCorrection(
-            self.importance_correction, importance_clip_min, importance_clip_max, staleness_decay
-        )
+        self.truncation_penalty, self.mask_truncated = truncation_penalty, mask_truncated
         self.skip_zero_advantage = skip_zero_advantage and self._proportional_to_advantages
         self.sampling = replace(self.sampling, group_size=group_size)
         check_arguments(self)
         self.prompts: PromptStream | None = None
         self.clock = {"rollout": 0.0, "update": 0.0, "tokens": 0.0}
-        self._moved = torch.zeros(2)  # of the optimiser step so far: sum of k3 to the old policy, tokens
-
-    needs_reference: ClassVar[bool] = False  # also without a KL coefficient
 
     @property
     def _proportional_to_advantages(self) -> bool:
@@ -255,27 +221,17 @@ class OnPolicyModule(RLHFModule):
         return sampled
 
     def score_rollout(self, rollout: ScoredRollout) -> ScoredRollout:
-        """Add what the update starts from: the policy's log-probs, the reference's, and the values.
+        """Add the log-probs of policy and reference and the values that the update starts from.
 
         The sampler's own log-probs are those of the policy where the weights are the same, the distribution is
-        not cut off by top-p or top-k, and both compute in float32. Otherwise the policy scores the rows again; so it
-        does on every rank where one has rows of older weights, whose age `importance_correction` then weighs.
+        not cut off by top-p or top-k, and both compute in float32. Rows of which that is not so are scored again; the
+        age of rows that older weights sampled is then for `importance_correction` to weigh.
         """
-        temperature, old, ref = self.sampling.temperature, rollout.old_logprobs, None
-        stale = (rollout.version < self.loop.iteration) & (self.importance.level != "none")
+        corrected = self.importance.level != "none"
+        again = (rollout.version < self.loop.iteration) & corrected
         if self.sampling.truncates_distribution or not self._full_precision:
-            old = self.models.score(rollout, temperature=temperature).logprobs
-        elif bool(sum_over_ranks(stale.sum())):
-            now = self.models.score(rollout, temperature=temperature).logprobs
-            old = torch.where(stale.unsqueeze(1), now.to(old.dtype), old)
-        if self.models.reference is not None:
-            ref = self.models.score_reference(rollout, temperature=temperature).logprobs
-        rollout = replace(rollout, old_logprobs=old, ref_logprobs=ref)
-        if self.value == "none":
-            return rollout
-        found = self.models.score_values(rollout)
-        bootstrap = torch.where(rollout.truncated & self.bootstrap_truncated, found.last, 0.0)
-        return replace(rollout, values=found.values, bootstrap=bootstrap)
+            again = torch.ones_like(again)
+        return start_of_update(self.models, rollout, self.sampling.temperature, again, self.critic.bootstraps)
 
     def experience(self, rollout: ScoredRollout) -> Experience:
         """Shape the rewards, estimate the advantages, count both; then adapt the KL coefficient."""
@@ -288,9 +244,9 @@ class OnPolicyModule(RLHFModule):
         staleness = self.loop.iteration - rollout.version
         experience = Experience(**kept, advantages=advantages, returns=returns, staleness=staleness)
         self.count(rollout_stats(experience))
-        if self.kl.in_reward or self.kl.in_loss:
+        if self.kl_coef:
             self.count({"stability/kl_coef": (self.current_kl_coef, None)})
-            self._adapt_kl_coef(rollout)
+            self.loop.numbers["kl_coef"] = self.kl.next_coef(self.current_kl_coef, rollout)
         return experience
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -306,15 +262,6 @@ class OnPolicyModule(RLHFModule):
     def current_kl_coef(self) -> float:
         """Beta now: `kl_coef`, until it has adapted."""
         return self.loop.numbers.get("kl_coef", self.kl_coef)
-
-    def _adapt_kl_coef(self, rollout: ScoredRollout) -> None:
-        if self.kl.target is None or rollout.ref_logprobs is None:
-            return
-        kl = zero_outside(rollout.old_logprobs - rollout.ref_logprobs, rollout.response_mask).sum(1)
-        counted = rollout.response_mask.any(1)
-        episodes = int(sum_over_ranks(counted.sum()))
-        mean = float(mean_over_ranks(kl, counted))
-        self.loop.numbers["kl_coef"] = self.kl.next_coef(self.current_kl_coef, mean, episodes)
 
     def shape_rewards(self, rollout: ScoredRollout) -> Tensor:
         """Hook 1: rewards `[N]` or `[N, T]` from the raw `rollout.rewards` `[N]`.
@@ -360,12 +307,10 @@ class OnPolicyModule(RLHFModule):
         if "stopped" in self.loop.numbers:
             return torch.stack([p.sum() for p in self.models.parameters() if p.requires_grad]).sum() * 0.0
         scores = self.score(rows)
-        loss = self.total_loss(self.compute_loss(scores, rows), {"value_loss": self.value_coef})
+        loss = self.total_loss(self.compute_loss(scores, rows), {"value_loss": self.critic.coef})
         cells = update_stats(scores, rows)
         self.count(cells)
-        if self.target_kl is not None:
-            k3, mask = (zero_outside(cells["stability/approx_kl"][0], rows.response_mask), rows.response_mask)
-            self._moved = self._moved.to(k3) + torch.stack([k3.sum(), mask.sum().to(k3)])
+        self.target_kl.add(*cells["stability/approx_kl"])
         self.clock["update"] -= started
         return loss
 
@@ -395,18 +340,16 @@ class OnPolicyModule(RLHFModule):
         self.clock["update"] += time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take no step, now and until the next rollout, once the policy has moved beyond 1.5 `target_kl`."""
-        if self.target_kl is not None:
-            moved, tokens = sum_over_ranks(self._moved)
-            self._moved = torch.zeros_like(self._moved)
-            if float(moved) > 1.5 * self.target_kl * float(tokens):
-                self.loop.numbers["stopped"] = 1.0
-            stopped = "stopped" in self.loop.numbers
+        """Take no step, now and until the next rollout, once the policy has moved beyond `target_kl`."""
+        if self.target_kl.exceeded():
+            self.loop.numbers["stopped"] = 1.0
+        stopped = "stopped" in self.loop.numbers
+        if self.target_kl.target is not None:
             self.count({"stability/stopped_fraction": (float(stopped), None)})
-            if stopped:
-                optimizer.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
-                return
-        super().on_before_optimizer_step(optimizer)
+        if stopped:
+            optimizer.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
+        else:
+            super().on_before_optimizer_step(optimizer)
 
     def compute_loss(self, scores: Scores, batch: Experience) -> dict[str, Tensor]:
         """Hook 3: the named terms of the loss, scalars. Calls `policy_loss`, adds KL, entropy and value terms."""
@@ -431,9 +374,8 @@ class OnPolicyModule(RLHFModule):
             terms["kl_loss"] = self.current_kl_coef * self.aggregate(kl, batch, self.loss_agg)
         if self.entropy_coef and scores.entropy is not None:
             terms["entropy_loss"] = -self.entropy_coef * self.aggregate(scores.entropy, batch)
-        if scores.values is not None and batch.values is not None and batch.returns is not None:
-            error = clipped_value_loss(scores.values, batch.values, batch.returns, self.value_clip)
-            terms["value_loss"] = self.value_coef * self.aggregate(error, batch)
+        if (error := self.critic.per_token(scores, batch)) is not None:
+            terms["value_loss"] = self.critic.coef * self.aggregate(error, batch)
         return terms
 
     # -- metrics ---------------------------------------------------------------------------------------------------

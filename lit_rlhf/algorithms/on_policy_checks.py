@@ -19,10 +19,6 @@ def check_arguments(module: OnPolicyModule) -> None:
     """Refuse arguments that cannot be trained with; warn of those that train something else than they seem to."""
     for name in ("group_size", "prompts_per_rollout", "minibatches", "update_epochs"):
         check_number(f"algo.{name}", getattr(module, name), at_least=1)
-    check_number("algo.target_kl", 1.0 if module.target_kl is None else module.target_kl, above=0)
-    check_number("algo.value_coef", module.value_coef, at_least=0)
-    check_number("algo.value_clip", 1.0 if module.value_clip is None else module.value_clip, above=0)
-    check_number("algo.value_lr", 1.0 if module.value_lr is None else module.value_lr, above=0)
     check_number("algo.truncation_penalty", module.truncation_penalty)
     check_choice("algo.entropy", module.entropy, ("full", "none"))
     check_number("algo.entropy_coef", module.entropy_coef)
@@ -32,8 +28,8 @@ def check_arguments(module: OnPolicyModule) -> None:
             f"algo.group_size=1: {type(module).__name__} compares the samples of one prompt with each other "
             f"and needs at least 2; 8 is a good start"
         )
-    if module.value == "none" and (module.advantage_estimator == "gae" or module.bootstrap_truncated):
-        what = "algo.bootstrap_truncated" if module.bootstrap_truncated else "algo.advantage_estimator=gae"
+    if module.value == "none" and (module.advantage_estimator == "gae" or module.critic.bootstraps):
+        what = "algo.bootstrap_truncated" if module.critic.bootstraps else "algo.advantage_estimator=gae"
         raise InputError(f"{what} needs a value function; write algo.value=shared or algo.value=separate")
     if module.sampling.top_p < 1 or module.sampling.top_k > 0:
         warnings.warn(

@@ -10,7 +10,7 @@ completion's tokens: exact, with more variance.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,27 +31,42 @@ IMPORTANCE_STATS = {
 }
 
 
+class ImportanceArgs(TypedDict, total=False):
+    """The keyword arguments of `ImportanceCorrection`."""
+
+    importance_clip_min: float
+    importance_clip_max: float
+    staleness_decay: float
+
+
 class ImportanceCorrection:
     """Weights and metrics of stale rows.
 
     Args:
-        level: `"token"` or `"sequence"` for all rows, `"auto"` per token for rows that older weights sampled alone,
-            `"none"`. Rows whose behaviour log-probs are known as a sum only are corrected by sequence.
-        clip_min: least weight, before the decay.
-        clip_max: greatest weight.
+        importance_correction: `"token"` or `"sequence"` for all rows, `"auto"` per token for rows that older weights
+            sampled alone, `"none"`. Rows whose behaviour log-probs are known as a sum only are corrected by sequence.
+        importance_clip_min: least weight, before the decay.
+        importance_clip_max: greatest weight.
         staleness_decay: factor per rollout between the sampling weights and those trained.
     """
 
-    def __init__(self, level: Level, clip_min: float, clip_max: float, staleness_decay: float) -> None:
-        check_choice("algo.importance_correction", level, ("auto", "none", "token", "sequence"))
-        check_number("algo.importance_clip_min", clip_min, at_least=0)
+    def __init__(
+        self,
+        importance_correction: Level,
+        importance_clip_min: float = 0.5,
+        importance_clip_max: float = 2.0,
+        staleness_decay: float = 0.99,
+    ) -> None:
+        check_choice("algo.importance_correction", importance_correction, ("auto", "none", "token", "sequence"))
+        check_number("algo.importance_clip_min", importance_clip_min, at_least=0)
         check_number("algo.staleness_decay", staleness_decay, above=0)
-        if clip_max < max(clip_min, 1) or staleness_decay > 1:
+        if importance_clip_max < max(importance_clip_min, 1) or staleness_decay > 1:
             raise InputError(
-                f"algo.importance_clip_max={clip_max} must be at least 1 and not below algo.importance_clip_min="
-                f"{clip_min}, and algo.staleness_decay={staleness_decay} at most 1"
+                f"algo.importance_clip_max={importance_clip_max} must be at least 1 and not below "
+                f"algo.importance_clip_min={importance_clip_min}, and algo.staleness_decay={staleness_decay} at most 1"
             )
-        self.level, self.clip_min, self.clip_max, self.staleness_decay = level, clip_min, clip_max, staleness_decay
+        self.level, self.staleness_decay = importance_correction, staleness_decay
+        self.clip_min, self.clip_max = importance_clip_min, importance_clip_max
 
     def __call__(self, logprobs: Tensor, batch: Experience) -> tuple[Tensor | None, Cells]:
         """Weights `[N, T]`, or None where nothing is corrected, and metrics of the raw ratios.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.wrapper import PolicyReferenceValue
+from lit_rlhf.ranks import sum_over_ranks
 from lit_rlhf.rewards import RewardFunctions
 from lit_rlhf.rollouts.engines import RolloutEngine, TransformersEngine
 from lit_rlhf.rollouts.random import mix_seed
@@ -49,6 +51,34 @@ def sample_and_score(
     return ScoredRollout(
         **kept, raw_rewards=total, reward_parts=parts, rewards=total, old_logprobs=rollout.behavior_logprobs
     )
+
+
+@torch.no_grad()
+def start_of_update(
+    models: PolicyReferenceValue, rollout: ScoredRollout, temperature: float, rescore: Tensor, bootstrap: bool
+) -> ScoredRollout:
+    """Add what an update starts from: the policy's log-probs, the reference's, the values.
+
+    Args:
+        models: policy, and reference and value function where there are any.
+        rollout: N rows; `old_logprobs` are the sampler's so far.
+        temperature: the sampling temperature.
+        rescore: `[N]` bool, rows whose `old_logprobs` the policy has to score again. Where one rank has such rows all
+            score theirs, since a sharded forward pass is a collective.
+        bootstrap: whether rows that were cut off go on to earn their last value.
+    """
+    old, ref = rollout.old_logprobs, None
+    if bool(sum_over_ranks(rescore.sum())):
+        now = models.score(rollout, temperature=temperature).logprobs
+        old = torch.where(rescore.unsqueeze(1), now.to(old.dtype), old)
+    if models.reference is not None:
+        ref = models.score_reference(rollout, temperature=temperature).logprobs
+    rollout = replace(rollout, old_logprobs=old, ref_logprobs=ref)
+    if models.value_head is None:
+        return rollout
+    found = models.score_values(rollout)
+    last = torch.where(rollout.truncated & bootstrap, found.last, 0.0)
+    return replace(rollout, values=found.values, bootstrap=last)
 
 
 def _score(

@@ -330,14 +330,16 @@ def test_groups_that_dapo_carries_over_are_exactly_one_version_behind():
         assert set(age.tolist()) <= {0, 1}
         assert module.published[rollout]["rollout/staleness_max"] == int(age.max())
         assert module.published[rollout]["rollout/staleness"] == pytest.approx(float(age.float().mean()))
-        for version in set(batch.version.tolist()):  # old log-probs are of the weights that sampled the row
+        assert (batch.staleness == age).all()
+        for version in set(batch.version.tolist()):
             rows = batch[batch.version == version]
-            model = tiny_model()
-            model.load_state_dict(engine.weights[version])
-            with torch.no_grad():
-                expected = score(model, rows)
             valid = rows.response_mask
-            torch.testing.assert_close(rows.old_logprobs[valid], expected.logprobs[valid], atol=1e-4, rtol=0)
+            for found, weights_of in ((rows.behavior_logprobs, version), (rows.old_logprobs, rollout)):
+                model = tiny_model()  # those that sampled the row; those that the update starts from
+                model.load_state_dict(engine.weights[weights_of])
+                with torch.no_grad():
+                    expected = score(model, rows).logprobs
+                torch.testing.assert_close(found[valid], expected[valid], atol=1e-4, rtol=0)
         carried += int((age == 1).sum())
     assert carried >= 4, "nothing was carried over: the test tests nothing"
 
