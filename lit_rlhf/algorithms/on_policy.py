@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lit_rlhf.algorithms.base import LossAggregation, ModuleArgs, RLHFModule
+from lit_rlhf.algorithms.base import LossAggregation, RLHFModule
 from lit_rlhf.algorithms.critic import Critic, CriticArgs
 from lit_rlhf.algorithms.kl_penalty import KLArgs, KLPenalty, Place
+from lit_rlhf.algorithms.on_policy_args import OnPolicyArgs as OnPolicyArgs
+from lit_rlhf.algorithms.on_policy_args import TemplateArgs
 from lit_rlhf.algorithms.on_policy_checks import check_arguments, check_loop
 from lit_rlhf.algorithms.on_policy_stats import (
     ON_POLICY_STATS,
@@ -49,32 +51,6 @@ _SCALAR_LOSS = (
     "the policy loss returns a scalar, which is used as it is: with micro-batches or ranks of unequal lengths their "
     "tokens weigh differently; return [N, T] and algo.loss_agg averages them exactly"
 )
-
-
-class TemplateArgs(ModuleArgs, KLArgs, CriticArgs, ImportanceArgs, total=False):
-    """The keyword arguments that `OnPolicyModule` hands on to its parts."""
-
-
-class OnPolicyArgs(TemplateArgs, total=False):
-    """The keyword arguments of `OnPolicyModule`, which every on-policy algorithm passes on."""
-
-    lr: float | None
-    group_size: int
-    prompts_per_rollout: int
-    minibatches: int | None
-    update_epochs: int | None
-    advantage_estimator: str | Callable[..., Any] | None
-    policy_loss: str | Callable[..., Any] | None
-    kl_in: Place | None
-    whiten_advantages: bool | None
-    value: ValueKind | None
-    importance_correction: Level | None
-    target_kl: float | None
-    entropy_coef: float
-    entropy: Literal["full", "none"]
-    truncation_penalty: float
-    mask_truncated: bool
-    skip_zero_advantage: bool
 
 
 class OnPolicyModule(RLHFModule):
@@ -246,6 +222,7 @@ class OnPolicyModule(RLHFModule):
         self.count(rollout_stats(experience))
         if self.kl_coef:
             self.count({"stability/kl_coef": (self.current_kl_coef, None)})
+        if self.kl.target is not None:
             self.loop.numbers["kl_coef"] = self.kl.next_coef(self.current_kl_coef, rollout)
         return experience
 
@@ -302,7 +279,7 @@ class OnPolicyModule(RLHFModule):
             batch: an experience, or a dictionary in one of the formats of `types.from_dict`.
             batch_idx: Lightning's; not used.
         """
-        started = time.perf_counter()
+        self.clock["update"] -= time.perf_counter()
         rows = batch if isinstance(batch, Experience) else self.experience_from(batch)
         if "stopped" in self.loop.numbers:
             return torch.stack([p.sum() for p in self.models.parameters() if p.requires_grad]).sum() * 0.0
@@ -311,7 +288,6 @@ class OnPolicyModule(RLHFModule):
         cells = update_stats(scores, rows)
         self.count(cells)
         self.target_kl.add(*cells["stability/approx_kl"])
-        self.clock["update"] -= started
         return loss
 
     def score(self, batch: Experience) -> Scores:

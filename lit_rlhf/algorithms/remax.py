@@ -9,7 +9,9 @@ is the greedy completion's raw score. The loss sums over tokens; the constant 1/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +35,10 @@ class ReMax(OnPolicyModule):
     advantage_estimator = "rewards_to_go"
     policy_loss = "reinforce"
     kl_in = "reward"
+    stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **OnPolicyModule.stats_spec,
+        "reward/greedy_reward": ("value",),
+    }
 
     def __init__(
         self,
