@@ -2,6 +2,7 @@
 
 from lit_rlhf.metrics.advantages import GeneralizedAdvantageEstimation, GroupNormalization
 from lit_rlhf.metrics.masked_stats import Cells, MaskedStats
+from lit_rlhf.metrics.preferences import PreferenceAccuracy, RewardMargin
 from lit_rlhf.metrics.rollouts import LengthStatistics, RewardStatistics
 from lit_rlhf.metrics.stability import (
     ApproxKL,
@@ -24,5 +25,7 @@ __all__ = [
     "LengthStatistics",
     "MaskedStats",
     "PolicyEntropy",
+    "PreferenceAccuracy",
+    "RewardMargin",
     "RewardStatistics",
 ]

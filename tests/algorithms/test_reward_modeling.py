@@ -205,7 +205,7 @@ def test_transformers_gives_the_same_rewards(kind, side, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
     assert (model.config.num_labels, model.config.pad_token_id) == (1, PAD)
     assert type(model).__name__.endswith("ForSequenceClassification")
-    rows = [row[:-1] + [EOS] for row in sequences(batch, "chosen")]
+    rows = [[*row[:-1], EOS] for row in sequences(batch, "chosen")]
     width = max(map(len, rows))
     pad = lambda row, value: [value] * (width - len(row)) if side == "left" else []  # noqa: E731
     end = lambda row, value: [] if side == "left" else [value] * (width - len(row))  # noqa: E731
@@ -224,7 +224,10 @@ def test_transformers_gives_the_same_rewards(kind, side, tmp_path):
 def test_a_runs_folder_holds_the_reward_model_and_its_tokenizer(tmp_path):
     module = RewardModeling(policy="tiny", lr=1e-2, batch_size=4)
     trainer(max_steps=2, callbacks=[HFExport(tmp_path)]).fit(module, datamodule=ArithmeticData(held_out=8))
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
     tokenizer.padding_side = "right"
     texts = ["1+2=3", "12+34=47", "99+99=198"]
     rows = tokenizer([text + tokenizer.eos_token for text in texts], padding=True, return_tensors="pt")
