@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lit_rlhf import DAPO, GRPO, SFT
+from lit_rlhf import DAPO, GRPO, SFT, ConservativePPO, ReMax
 from lit_rlhf.data import ArithmeticData
 from lit_rlhf.types import SamplingConfig
 
@@ -59,5 +59,7 @@ def documented():
 def test_the_metrics_table_is_what_runs_log():
     sampling = SamplingConfig(max_new_tokens=8)
     small = {"prompts_per_rollout": 4, "group_size": 2, "kl_coef": 0.1, "entropy_coef": 0.01, "sampling": sampling}
-    found = logged(DAPO(**small)) | logged(GRPO(**small)) | logged(SFT(batch_size=4, sampling=sampling))
+    stale = {"importance_correction": "token", "target_kl": 1.0}
+    found = logged(DAPO(**small, **stale)) | logged(GRPO(**small)) | logged(SFT(batch_size=4, sampling=sampling))
+    found |= logged(ConservativePPO(**small)) | logged(ReMax(**small))
     assert documented() == found

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_rlhf.errors import check_number
 from lit_rlhf.functional import clipped_value_loss
+from lit_rlhf.metrics import Cells
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.types import Experience
 
@@ -42,6 +43,13 @@ class Critic:
         check_number("algo.value_clip", 1.0 if value_clip is None else value_clip, above=0)
         check_number("algo.value_lr", 1.0 if value_lr is None else value_lr, above=0)
         self.coef, self.clip, self.lr, self.bootstraps = value_coef, value_clip, value_lr, bootstrap_truncated
+
+    def stats(self, scores: Scores, batch: Experience) -> Cells:
+        """Tokens whose value has left the clip range about the rollout's."""
+        if scores.values is None or batch.values is None or self.clip is None:
+            return {}
+        outside = (scores.values.detach() - batch.values).abs() > self.clip
+        return {"stability/value_clip_fraction": (outside.float(), batch.response_mask)}
 
     def per_token(self, scores: Scores, batch: Experience) -> Tensor | None:
         """The value loss `[N, T]`; None where there is no value function, or nothing to learn from."""

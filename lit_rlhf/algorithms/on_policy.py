@@ -338,7 +338,8 @@ class OnPolicyModule(RLHFModule):
             **self._named(),
         )
         weights, cells = self.importance(batch.old_logprobs if has_ratio(self._policy_loss) else scores.logprobs, batch)
-        self.count({**cells, **loss_stats(metrics, batch.response_mask, self.stats_spec)})
+        own = loss_stats(metrics, batch.response_mask, self.stats_spec)
+        self.count({**cells, **own, **self.critic.stats(scores, batch)})
         if per_token.ndim == 0:
             warnings.warn(_SCALAR_LOSS, stacklevel=2)  # Python shows it once
             terms = {"policy_loss": per_token / self.loss_scale}
