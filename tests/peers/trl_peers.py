@@ -62,7 +62,7 @@ def trainer_of(kind, folder, *, model=None, micro_batches=1, **config):
     trainer = getattr(trl, f"{kind}Trainer")(
         model=model,
         reward_funcs=lambda completions, reward, **_: reward,
-        args=_config(kind, folder, **sizes, **config),
+        args=_config(kind, folder, **{**sizes, **config}),
         train_dataset=datasets.Dataset.from_dict({"prompt": [""], "reward": [0.0]}),
         processing_class=_tokenizer(),
     )
@@ -70,15 +70,15 @@ def trainer_of(kind, folder, *, model=None, micro_batches=1, **config):
     return trainer
 
 
-def preference_trainer(kind, folder, model, dataset, **arguments):
-    """`DPOTrainer` or `RewardTrainer` on rows that are token ids already; the rest of `arguments` is its config."""
-    own = {name: arguments.pop(name) for name in ("ref_model",) if name in arguments}
+def preference_trainer(kind, folder, model, *, ref_model=None, **config):
+    """`DPOTrainer` or `RewardTrainer`; the pairs come through its collator later, this one only makes it start."""
+    models = {} if ref_model is None else {"ref_model": ref_model}
     return getattr(trl, f"{kind}Trainer")(
         model=model,
-        args=_config(kind, folder, **arguments),
-        train_dataset=datasets.Dataset.from_list(dataset),
+        args=_config(kind, folder, **config),
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["1"], "chosen": ["2"], "rejected": ["3"]}),
         processing_class=_tokenizer(),
-        **own,
+        **models,
     )
 
 
@@ -112,17 +112,27 @@ def with_old_logprobs(inputs, batch):
     return {**inputs, "old_per_token_logps": batch.old_logprobs}
 
 
-def theirs(trainer, inputs, micro_batches=1):
-    """TRL's loss and gradients by parameter, summed over equal micro-batches of an optimiser step."""
+def in_parts(inputs, micro_batches):
+    """Equal micro-batches of TRL's inputs; counts belong to all of them."""
+    size = len(inputs["completion_ids"]) // micro_batches
+    starts = range(0, micro_batches * size, size)
+    return [{k: v[start : start + size] if v.ndim else v for k, v in inputs.items()} for start in starts]
+
+
+def theirs(trainer, *parts):
+    """TRL's loss and gradients by parameter, summed over the micro-batches of an optimiser step."""
     trainer.model.train()
     trainer.model.zero_grad()
-    size, total = len(next(iter(inputs.values()))) // micro_batches, 0.0
-    for start in range(0, micro_batches * size, size):
-        part = {k: v[start : start + size] if v.ndim else v for k, v in inputs.items()}
-        loss = trainer.compute_loss(trainer.model, part)
+    losses = [trainer.compute_loss(trainer.model, part) for part in parts]
+    for loss in losses:
         loss.backward()
-        total += loss.item()
-    return total, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    return sum(losses).item(), {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+
+def scaled(found, factor):
+    """A loss and its gradients, times a number."""
+    loss, gradient = found
+    return factor * loss, {name: factor * g for name, g in gradient.items()}
 
 
 def with_trl_reference(module):
