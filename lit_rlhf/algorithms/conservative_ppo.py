@@ -21,6 +21,7 @@ from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 from lit_rlhf.errors import check_choice, check_number
 from lit_rlhf.functional import doubling_coef, kl_estimate
+from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.ranks import sum_over_ranks
 from lit_rlhf.types import Experience
@@ -95,10 +96,12 @@ class ConservativePPO(OnPolicyModule):
     def begin_step(self, batches: Sequence[Experience]) -> None:
         """Where several micro-batches make the step, K needs a forward pass of its own over all of them."""
         self._step_kl = None
-        if len(batches) > 1:
+        if len(batches) > 1 and "stopped" not in self.loop.numbers:
             with self._precision():
-                shares = [self.aggregate(self._kl(self.score(batch), batch), batch) for batch in batches]
-            self._step_kl = sum_over_ranks(torch.stack(shares).sum())
+                kl = [zero_outside(self._kl(self.score(batch), batch), batch.response_mask).sum() for batch in batches]
+            tokens = torch.stack([batch.response_mask.sum() for batch in batches]).sum()
+            total = sum_over_ranks(torch.stack([torch.stack(kl).sum(), tokens.to(kl[0])]))
+            self._step_kl = total[0] / total[1].clamp(min=1)
 
     def compute_loss(self, scores: Scores, batch: Experience) -> dict[str, Tensor]:
         """PPO's terms and the penalty: its value, and its gradient through this micro-batch's share of K."""
@@ -113,9 +116,9 @@ class ConservativePPO(OnPolicyModule):
         return {**super().compute_loss(scores, batch), "kl_penalty": penalty}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Adapt c, once per step."""
+        """Adapt c, once per step that is taken."""
         super().on_before_optimizer_step(optimizer)
-        if self.adaptive:
+        if self.adaptive and "stopped" not in self.loop.numbers:
             c, kappa = self.loop.numbers["conservative_coef"], self.max_kl_divergence
             c = doubling_coef(c, self._last_kl, kappa, *self.conservative_coef_range)
             self.loop.numbers["conservative_coef"] = c
