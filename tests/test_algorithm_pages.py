@@ -1,0 +1,61 @@
+"""docs/algorithms.md: a page for every algorithm, whose defaults are those of the code and whose metrics exist."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lit_rlhf.algorithms.critic import Critic
+from lit_rlhf.config import conf_dir
+from tests.test_config import ALGORITHMS, target_of
+from tests.test_readme import documented
+
+TEXT = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
+PAGES = dict(re.findall(r"\n## `(\w+)`: [^\n]*\n(.*?)(?=\n## |\Z)", TEXT, flags=re.DOTALL))
+WORDS = {"none": "None", "true": "True", "false": "False"}
+
+
+def table(page, heading):
+    """The rows of the page's table that begins with this heading, as lists of cells."""
+    lines = page.split(f"| {heading} |", 1)[1].splitlines()[2:]
+    rows = lines[: next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows]
+
+
+def default_of(config, name):
+    """The yaml's own value, the constructor's default, or what the class states."""
+    target = target_of(config["_target_"])
+    if name in config or hasattr(target, name):
+        return config.get(name, getattr(target, name, None))
+    for owner in (*target.__mro__, Critic):
+        parameter = inspect.signature(owner.__init__).parameters.get(name) if owner is not object else None
+        if parameter is not None and parameter.default is not parameter.empty and parameter.default is not None:
+            return parameter.default
+    return None
+
+
+def test_every_algorithm_has_a_page_and_a_row_in_the_guide():
+    assert set(PAGES) == set(ALGORITHMS)
+    guide = TEXT.split("\n## ")[0]
+    assert {"sft", "ipo", "hinge_dpo", "robust_dpo"} >= {name for name in ALGORITHMS if f"`{name}`" not in guide}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_defaults_of_a_page_are_those_of_the_code(name):
+    config = OmegaConf.to_container(OmegaConf.load(conf_dir() / "algo" / f"{name}.yaml"))
+    rows = table(PAGES[name], "argument | default | source")
+    assert rows
+    for arguments, defaults, _ in rows:
+        names, values = re.findall(r"`(\w+)`", arguments), defaults.split(", ")
+        for argument, value in zip(names, values * len(names) if len(values) == 1 else values, strict=True):
+            found = default_of(config, argument)
+            assert str(found) == WORDS.get(value, value) or float(found) == float(value), argument
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_metrics_of_a_page_are_logged(name):
+    watched = [re.findall(r"`([^`]+)`", cells[0]) for cells in table(PAGES[name], "watch | healthy")]
+    assert watched
+    assert {metric for metrics in watched for metric in metrics} <= documented()
