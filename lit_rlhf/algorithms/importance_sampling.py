@@ -18,6 +18,8 @@ from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.rollouts.replay import ReplayBuffer
 from lit_rlhf.types import PromptBatch, ScoredRollout
 
+_DRAW = 1  # a stream of random numbers apart from that of the minibatches
+
 
 class ImportanceSampling(OnPolicyModule):
     """The score function on replayed completions, weighed by how likely they are now.
@@ -63,5 +65,5 @@ class ImportanceSampling(OnPolicyModule):
         if self.loop.replay is None:
             self.loop.replay = ReplayBuffer(self.buffer_size, [])
         self.loop.replay.add(self.sample_recorded(prompts))
-        seed = (self.seed, self.loop.iteration, self.rank)
+        seed = (self.seed, self.loop.iteration, self.rank, _DRAW)
         return self.loop.replay.draw(len(prompts), self.min_staleness, *seed).to(self.device)
