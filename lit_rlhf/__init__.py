@@ -24,6 +24,9 @@ _HOMES = {
     "ReMax": "lit_rlhf.algorithms.remax",
     "CISPO": "lit_rlhf.algorithms.cispo",
     "ImportanceSampling": "lit_rlhf.algorithms.importance_sampling",
+    "DPO": "lit_rlhf.algorithms.dpo",
+    "RewardModeling": "lit_rlhf.algorithms.reward_modeling",
+    "PreferenceModule": "lit_rlhf.algorithms.preference",
     "OnPolicyModule": "lit_rlhf.algorithms.on_policy",
     "RLHFModule": "lit_rlhf.algorithms.base",
     "PolicyReferenceValue": "lit_rlhf.models.wrapper",
@@ -32,6 +35,7 @@ _HOMES = {
     "Rollout": "lit_rlhf.types",
     "ScoredRollout": "lit_rlhf.types",
     "Experience": "lit_rlhf.types",
+    "PreferenceBatch": "lit_rlhf.types",
     "InputError": "lit_rlhf.errors",
     "register_adv_estimator": "lit_rlhf.registry",
     "register_policy_loss": "lit_rlhf.registry",
@@ -44,15 +48,18 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.cispo import CISPO as CISPO
     from lit_rlhf.algorithms.conservative_ppo import ConservativePPO as ConservativePPO
     from lit_rlhf.algorithms.dapo import DAPO as DAPO
+    from lit_rlhf.algorithms.dpo import DPO as DPO
     from lit_rlhf.algorithms.dr_grpo import DrGRPO as DrGRPO
     from lit_rlhf.algorithms.grpo import GRPO as GRPO
     from lit_rlhf.algorithms.gspo import GSPO as GSPO
     from lit_rlhf.algorithms.importance_sampling import ImportanceSampling as ImportanceSampling
     from lit_rlhf.algorithms.on_policy import OnPolicyModule as OnPolicyModule
     from lit_rlhf.algorithms.ppo import PPO as PPO
+    from lit_rlhf.algorithms.preference import PreferenceModule as PreferenceModule
     from lit_rlhf.algorithms.reinforce import REINFORCE as REINFORCE
     from lit_rlhf.algorithms.reinforce_pp import REINFORCEPlusPlus as REINFORCEPlusPlus
     from lit_rlhf.algorithms.remax import ReMax as ReMax
+    from lit_rlhf.algorithms.reward_modeling import RewardModeling as RewardModeling
     from lit_rlhf.algorithms.rloo import RLOO as RLOO
     from lit_rlhf.algorithms.sft import SFT as SFT
     from lit_rlhf.errors import InputError as InputError
@@ -60,6 +67,7 @@ if TYPE_CHECKING:
     from lit_rlhf.registry import register_adv_estimator as register_adv_estimator
     from lit_rlhf.registry import register_policy_loss as register_policy_loss
     from lit_rlhf.types import Experience as Experience
+    from lit_rlhf.types import PreferenceBatch as PreferenceBatch
     from lit_rlhf.types import PromptBatch as PromptBatch
     from lit_rlhf.types import Rollout as Rollout
     from lit_rlhf.types import SamplingConfig as SamplingConfig

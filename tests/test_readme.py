@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lit_rlhf import DAPO, GRPO, SFT, ConservativePPO, ReMax
+from lit_rlhf import DAPO, DPO, GRPO, SFT, ConservativePPO, ReMax, RewardModeling
 from lit_rlhf.data import ArithmeticData
 from lit_rlhf.types import SamplingConfig
 
@@ -37,7 +37,7 @@ def logged(module):
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(module, datamodule=ArithmeticData(held_out=8))
+    trainer.fit(module, datamodule=ArithmeticData(held_out=8, train_size=8))
     return logger.names
 
 
@@ -62,4 +62,5 @@ def test_the_metrics_table_is_what_runs_log():
     stale = {"importance_correction": "token", "target_kl": 1.0}
     found = logged(DAPO(**small, **stale)) | logged(GRPO(**small)) | logged(SFT(batch_size=4, sampling=sampling))
     found |= logged(ConservativePPO(**small)) | logged(ReMax(**small))
+    found |= logged(DPO(batch_size=4, sampling=sampling)) | logged(RewardModeling(batch_size=4, center_coef=0.01))
     assert documented() == found

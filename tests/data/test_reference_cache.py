@@ -121,9 +121,7 @@ def test_a_resumed_run_takes_the_log_probs_its_run_began_with(folder_of, tmp_pat
         for a, b in zip(whole.parameters(), resumed().parameters(), strict=True):
             assert torch.equal(a, b)
     else:
-        with pytest.raises(
-            InputError, match=r"there is no .*\.pt, .* of 8 pairs, .* the folder the run was begun with"
-        ):
+        with pytest.raises(InputError, match=r"there is no .*\.pt, .* of 8 pairs, .* give the folder the run"):
             resumed()
     assert scored == [], "the trained policy is not the reference"
 
@@ -141,9 +139,7 @@ class Changing(RowsDataModule):
 
 @pytest.mark.parametrize("from_pass", [1, 2])
 def test_pairs_that_change_from_pass_to_pass_are_refused(from_pass, tmp_path):
-    with pytest.raises(
-        InputError, match=r"needs the same pairs in every pass, and these change; give data.fixed_pairs"
-    ):
+    with pytest.raises(InputError, match=r"needs the same pairs in every pass, and these change; give data"):
         trainer(epochs=3).fit(make(tmp_path), datamodule=Changing(from_pass))
 
 
@@ -153,7 +149,7 @@ def test_the_built_in_task_has_fixed_pairs_for_it(tmp_path):
         DPO(policy="tiny", batch_size=8, reference_cache=tmp_path), datamodule=ArithmeticData(**data, **extra)
     )
     run(fixed_pairs=True)
-    with pytest.raises(InputError, match="give data.fixed_pairs=true"):
+    with pytest.raises(InputError, match="and these change"):
         run()
 
 
@@ -162,7 +158,7 @@ def test_a_dictionary_batch_has_no_log_probs_and_is_refused(tmp_path):
     ids = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3)}
     batch = {f"chosen_{key}": value for key, value in ids.items()}
     batch |= {"rejected_input_ids": torch.tensor([[5, 6, 8]]), "rejected_attention_mask": torch.ones(1, 3)}
-    with pytest.raises(InputError, match="with algo.reference_cache no reference model is held; leave"):
+    with pytest.raises(InputError, match="no reference model is held; leave"):
         module.training_step(batch)
 
 
