@@ -5,10 +5,26 @@ import pytest
 from tests.runs import QUIET, fork, metrics_of
 from tests.test_config import ALGORITHMS
 
-NAMES = (
-    "sft reward_modeling dpo ipo hinge_dpo robust_dpo ppo conservative_ppo grpo dr_grpo dapo gspo rloo reinforce "
-    "reinforce_pp remax cispo importance_sampling"
-).split()
+NAMES = [
+    "sft",
+    "reward_modeling",
+    "dpo",
+    "ipo",
+    "hinge_dpo",
+    "robust_dpo",
+    "ppo",
+    "conservative_ppo",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "rloo",
+    "reinforce",
+    "reinforce_pp",
+    "remax",
+    "cispo",
+    "importance_sampling",
+]
 
 
 def test_there_is_a_yaml_for_every_name():
