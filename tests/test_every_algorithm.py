@@ -6,24 +6,8 @@ from tests.runs import QUIET, fork, metrics_of
 from tests.test_config import ALGORITHMS
 
 NAMES = [
-    "sft",
-    "reward_modeling",
-    "dpo",
-    "ipo",
-    "hinge_dpo",
-    "robust_dpo",
-    "ppo",
-    "conservative_ppo",
-    "grpo",
-    "dr_grpo",
-    "dapo",
-    "gspo",
-    "rloo",
-    "reinforce",
-    "reinforce_pp",
-    "remax",
-    "cispo",
-    "importance_sampling",
+    *("sft", "reward_modeling", "dpo", "ipo", "hinge_dpo", "robust_dpo", "ppo", "conservative_ppo", "grpo", "dr_grpo"),
+    *("dapo", "gspo", "rloo", "reinforce", "reinforce_pp", "remax", "cispo", "importance_sampling"),
 ]
 
 
