@@ -1,97 +1,157 @@
-"""The main job, timed: sampled accuracy on held-out problems over the wall clock, per algorithm and seed.
+"""The main job of every algorithm, timed: held-out accuracy over the run, per algorithm and seed.
 
-    python benchmarks/learning_curves.py --seeds 1 2 3
+    python benchmarks/learning_curves.py
+    python benchmarks/learning_curves.py --algos ppo rloo --seeds 1 2 3
 
 Each run is the command a user types, `python -m lit_rlhf.train algo=NAME seed=N`, in a process of its own, one after
-the other; seconds count from the command to its end, start-up included. Writes a table to the terminal and
-`docs/learning_curves.png`. With --read FOLDER it draws runs made before.
+the other; seconds count from the command to its end, start-up included. The runs are added to those in
+`docs/learning_curves.json`, in place of earlier ones of the same algorithm and seed; all of them are then drawn to
+`docs/learning_curves.png` and printed as a table. With --read nothing is run.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-COLORS = {"grpo": "#4477AA", "dapo": "#CC6677"}
+FAMILIES = {
+    "grpo dapo dr_grpo gspo cispo": "#4477AA",
+    "ppo conservative_ppo": "#CC6677",
+    "rloo reinforce reinforce_pp remax importance_sampling": "#228833",
+    "dpo ipo hinge_dpo robust_dpo reward_modeling": "#AA7733",
+}
+COLORS = {algo: color for algos, color in FAMILIES.items() for algo in algos.split()}
+MEASURES = ("accuracy_sampled", "accuracy_greedy", "preference_accuracy")
 
 
-def run(algo: str, seed: int, folder: Path) -> float:
-    command = [sys.executable, "-m", "lit_rlhf.train", f"algo={algo}", f"seed={seed}", f"hydra.run.dir={folder}"]
-    started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
-    seconds = time.perf_counter() - started
-    (folder / "seconds.txt").write_text(f"{seconds:.1f}\n")
-    return seconds
+def run(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Train in a process of its own.
+
+    Args:
+        arguments: of `python -m lit_rlhf.train`.
+        folder: of the run.
+
+    Returns:
+        `seconds` and `cpu_seconds` of the process, and its `curve`.
+    """
+    command = [sys.executable, "-m", "lit_rlhf.train", *arguments, f"hydra.run.dir={folder}"]
+    started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    seconds, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if found.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{found.stdout[-2000:]}")
+    cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "curve": curve(folder)}
 
 
-def curve(folder: Path) -> tuple[list[int], list[float], list[float]]:
-    """Rollouts, sampled and greedy accuracy of every validation of a run."""
-    rollouts, sampled, greedy, done = [], [], [], 0
+def column(folder: Path, name: str) -> list[float]:
+    """The values of a metric over a run, without the lines that lack it."""
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def curve(folder: Path) -> dict[str, list[float]]:
+    """Optimiser step and the `MEASURES` of every validation of a run."""
+    points: dict[str, list[float]] = {"step": []}
     with (folder / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
-            if row["val/accuracy_sampled"]:
-                rollouts.append(int(row["step"]))
-                sampled.append(float(row["val/accuracy_sampled"]))
-                greedy.append(float(row["val/accuracy_greedy"]))
-            if row["rollout/iteration"]:
-                done = int(float(row["rollout/iteration"]))
-    last = max(rollouts)
-    return [round(step * done / last) for step in rollouts], sampled, greedy
+            found = {name: float(row[f"val/{name}"]) for name in MEASURES if row.get(f"val/{name}")}
+            if found:
+                points["step"].append(int(row["step"]))
+                for name, value in found.items():
+                    points.setdefault(name, []).append(round(value, 4))
+    return points
 
 
-def draw(runs: dict[tuple[str, int], Path], target: Path) -> None:
+def measure_of(points: dict[str, list[float]]) -> str:
+    """What a run is judged by: sampled accuracy, or that of preferences for what does not generate."""
+    return next(name for name in ("accuracy_sampled", "preference_accuracy") if name in points)
+
+
+def draw(results: dict[str, dict[str, Any]], target: Path) -> None:
+    """One panel per algorithm, one line per seed, the vertical axis shared."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=150)
-    for (algo, seed), folder in runs.items():
-        rollouts, sampled, _ = curve(folder)
-        first = seed == min(s for a, s in runs if a == algo)
-        axes.plot(rollouts, sampled, color=COLORS[algo], alpha=0.85, lw=1.6, label=algo.upper() if first else None)
-    axes.axhline(0.9, color="0.6", lw=0.8, ls="--")
-    axes.text(2, 0.905, "0.90", color="0.4", fontsize=8, va="bottom")
-    axes.set(
-        xlabel="rollouts (256 completions each)",
-        ylabel="sampled accuracy, held-out problems",
-        ylim=(0.4, 1.0),
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    axes.set_title("The built-in task, one line per seed", fontsize=10, loc="left")
+    columns = min(6, len(results))
+    rows = -(-len(results) // columns)
+    size = (2.0 * columns + 0.6, 1.9 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=150, sharey=True, squeeze=False)
+    for axis in axes.flat[len(results) :]:
+        axis.axis("off")
+    for axis, (algo, seeds) in zip(axes.flat, results.items(), strict=False):
+        for found in seeds.values():
+            points = found["curve"]
+            axis.plot(points["step"], points[measure_of(points)], color=COLORS.get(algo, "0.3"), alpha=0.8, lw=1.4)
+        title = algo if measure_of(points) == "accuracy_sampled" else f"{algo} (pairs)"
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.axhline(0.85, color="0.6", lw=0.7, ls="--")
+        axis.set(ylim=(0.4, 1.0), yticks=(0.4, 0.6, 0.8, 1.0))
+        axis.tick_params(labelsize=7)
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("optimiser steps", fontsize=9)
+    figure.supylabel("sampled accuracy, held out", fontsize=9)
     figure.tight_layout()
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target)
 
 
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The README's table."""
+    lines = [
+        "| algorithm | seed | sampled accuracy, before | after | greedy, after | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for algo, seeds in results.items():
+        for seed, found in seeds.items():
+            points = found["curve"]
+            name = measure_of(points)
+            before, after = points[name][0], points[name][-1]
+            greedy = f"{points['accuracy_greedy'][-1]:.3f}" if "accuracy_greedy" in points else "pairs"
+            lines.append(f"| {algo} | {seed} | {before:.3f} | {after:.3f} | {greedy} | {found['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def ordered(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By family, then by seed; algorithms of no family come last."""
+    known = [*COLORS, *sorted(set(results) - set(COLORS))]
+    return {algo: dict(sorted(results[algo].items())) for algo in known if algo in results}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algos", nargs="+", default=["grpo", "dapo"])
+    parser.add_argument("--algos", nargs="+", default=list(COLORS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--folder", type=Path, default=None, help="keep the runs here")
-    parser.add_argument("--read", action="store_true", help="draw the runs in --folder, run nothing")
+    parser.add_argument("--read", action="store_true", help="draw and print what is recorded, run nothing")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "learning_curves.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "learning_curves.png")
     arguments = parser.parse_args()
     base = arguments.folder or Path(tempfile.mkdtemp())
-    runs = {(algo, seed): base / f"{algo}_{seed}" for algo in arguments.algos for seed in arguments.seeds}
-    print(
-        "| algorithm | seed | sampled accuracy, before | after | greedy, after | seconds |\n|---|---|---|---|---|---|"
-    )
-    for (algo, seed), folder in runs.items():
-        seconds = float((folder / "seconds.txt").read_text()) if arguments.read else run(algo, seed, folder)
-        _, sampled, greedy = curve(folder)
-        print(
-            f"| {algo} | {seed} | {sampled[0]:.3f} | {sampled[-1]:.3f} | {greedy[-1]:.3f} | {seconds:.0f} |", flush=True
-        )
-    draw(runs, arguments.figure)
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    for algo in [] if arguments.read else arguments.algos:
+        for seed in arguments.seeds:
+            found = run([f"algo={algo}", f"seed={seed}"], base / f"{algo}_{seed}")
+            results.setdefault(algo, {})[str(seed)] = found
+            results = ordered(results)
+            arguments.results.write_text(json.dumps(results) + "\n")
+            print(table({algo: {str(seed): found}}).splitlines()[-1], file=sys.stderr, flush=True)
+    draw(results, arguments.figure)
+    print(table(results))
 
 
 if __name__ == "__main__":
