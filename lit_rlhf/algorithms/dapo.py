@@ -22,6 +22,7 @@ from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.functional import overlong_penalty
+from lit_rlhf.functional.shaping import add_scores
 from lit_rlhf.rollouts.dynamic_sampling import refill
 from lit_rlhf.types import PromptBatch, ScoredRollout
 
@@ -94,5 +95,5 @@ class DAPO(OnPolicyModule):
         """Add the soft overlong penalty (eq. 13); the filter above has seen the raw reward."""
         if self.overlong_buffer:
             penalty = overlong_penalty(rollout.lengths, self.sampling.max_new_tokens, self.overlong_buffer)
-            rollout = replace(rollout, rewards=rollout.rewards + penalty)
+            rollout = replace(rollout, rewards=add_scores(rollout.rewards, penalty, rollout.response_mask))
         return super().shape_rewards(rollout)

@@ -77,10 +77,11 @@ class KLPenalty:
         return self.in_loss and self.loss_estimator == "full"
 
     def shape(self, rewards: Tensor, rollout: ScoredRollout, coef: float) -> Tensor:
-        """Rewards `[N, T]`: the score `[N]` on the last token, minus beta KL on every one."""
+        """Rewards `[N, T]`: those given per token, or the score `[N]` on the last one, minus beta KL on every one."""
         assert rollout.ref_logprobs is not None
         kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, self.reward_estimator)
-        return terminal_rewards(rewards, rollout.response_mask) - coef * kl
+        per_token = terminal_rewards(rewards, rollout.response_mask) if rewards.ndim == 1 else rewards
+        return per_token - coef * kl
 
     def per_token(self, scores: Scores, batch: Experience, weights: Tensor | None) -> Tensor:
         """The loss's KL `[N, T]`, with gradient; estimates from stale samples are weighted as the samples are."""

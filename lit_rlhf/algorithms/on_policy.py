@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation, RLHFModule
 from lit_rlhf.algorithms.critic import Critic, CriticArgs
+from lit_rlhf.algorithms.given import read_completions, score_given, with_given
 from lit_rlhf.algorithms.kl_penalty import KLArgs, KLPenalty, Place
 from lit_rlhf.algorithms.on_policy_args import OnPolicyArgs as OnPolicyArgs
 from lit_rlhf.algorithms.on_policy_args import TemplateArgs
@@ -29,6 +30,7 @@ from lit_rlhf.algorithms.on_policy_stats import (
 )
 from lit_rlhf.algorithms.target_kl import TargetKL
 from lit_rlhf.errors import check_choice
+from lit_rlhf.functional.shaping import add_scores
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.models.wrapper import ValueKind
 from lit_rlhf.ranks import whiten_over_ranks
@@ -241,13 +243,13 @@ class OnPolicyModule(RLHFModule):
         return self.loop.numbers.get("kl_coef", self.kl_coef)
 
     def shape_rewards(self, rollout: ScoredRollout) -> Tensor:
-        """Hook 1: rewards `[N]` or `[N, T]` from the raw `rollout.rewards` `[N]`.
+        """Hook 1: rewards `[N]` or `[N, T]` from the raw `rollout.rewards`, `[N]`, or `[N, T]` of a user's own.
 
         Takes off `truncation_penalty`, then, with `kl_in="reward"`, spreads the KL over the tokens.
         """
         rewards = rollout.rewards
         if self.truncation_penalty:
-            rewards = rewards - self.truncation_penalty * rollout.truncated
+            rewards = add_scores(rewards, -self.truncation_penalty * rollout.truncated, rollout.response_mask)
         return self.kl.shape(rewards, rollout, self.current_kl_coef) if self.kl.in_reward else rewards
 
     def compute_advantages(self, rollout: ScoredRollout) -> tuple[Tensor, Tensor | None]:
@@ -303,8 +305,19 @@ class OnPolicyModule(RLHFModule):
 
     @torch.no_grad()
     def experience_from(self, batch: Mapping[str, Any]) -> Experience:
-        """The experience that a dictionary of tensors describes, see `types.from_dict`."""
-        raise NotImplementedError
+        """The experience that a dictionary of tensors describes, see `types.from_dict`: a rollout by itself.
+
+        Log-probs and values that are not given are those of the models now.
+
+        Raises:
+            InputError: a key or its value cannot be used.
+        """
+        given = read_completions(self, batch)
+        self.loop.numbers.pop("stopped", None)
+        with self._precision():
+            rollout = score_given(self, given)
+        self.count(sample_stats(rollout, None))
+        return with_given(self.experience(rollout), given)
 
     @property
     def exact_kl(self) -> bool:

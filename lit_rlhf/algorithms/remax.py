@@ -19,6 +19,7 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
+from lit_rlhf.errors import InputError
 from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.types import PromptBatch, ScoredRollout
 
@@ -59,7 +60,10 @@ class ReMax(OnPolicyModule):
     def compute_advantages(self, rollout: ScoredRollout) -> tuple[Tensor, Tensor | None]:
         """Rewards to go minus the greedy completion's reward; 0 where either could not be scored."""
         returns, _ = super().compute_advantages(rollout)
-        assert rollout.baseline is not None
+        if rollout.baseline is None:
+            raise InputError(
+                "batch: 'greedy_rewards' is missing; ReMax needs a greedy completion's reward per prompt, [B]"
+            )
         known = ~(rollout.raw_rewards.isnan() | rollout.baseline.isnan()).unsqueeze(1)
         baseline = torch.where(rollout.baseline.isnan(), 0.0, rollout.baseline).unsqueeze(1)
         return zero_outside(returns - baseline, rollout.response_mask & known), returns

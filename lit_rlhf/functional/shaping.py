@@ -48,3 +48,19 @@ def terminal_rewards(scores: Float[Tensor, " N"], mask: Bool[Tensor, "N T"]) -> 
     valid = mask.bool()
     later = valid.flip(1).cumsum(1).flip(1)  # valid tokens from t on
     return torch.where(valid & (later == 1), scores.unsqueeze(1), torch.zeros_like(scores).unsqueeze(1))
+
+
+def add_scores(
+    rewards: Float[Tensor, "*S"], scores: Float[Tensor, " N"], mask: Bool[Tensor, "N T"]
+) -> Float[Tensor, "*S"]:
+    """Add a score per row to rewards `[N]`, or to rewards per token `[N, T]` on the row's last valid token.
+
+    Args:
+        rewards: `[N]` or `[N, T]`.
+        scores: `[N]`.
+        mask: `[N, T]`, the valid tokens.
+
+    >>> add_scores(torch.tensor([[1.0, 2.0]]), torch.tensor([-0.5]), torch.tensor([[True, True]]))
+    tensor([[1.0000, 1.5000]])
+    """
+    return rewards + (scores if rewards.ndim == 1 else terminal_rewards(scores, mask))

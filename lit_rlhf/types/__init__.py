@@ -12,3 +12,5 @@ from lit_rlhf.types.batches import ScoredRollout as ScoredRollout
 from lit_rlhf.types.batches import concatenate as concatenate
 from lit_rlhf.types.batches import pad_left as pad_left
 from lit_rlhf.types.batches import pad_right as pad_right
+from lit_rlhf.types.dicts import GivenCompletions as GivenCompletions
+from lit_rlhf.types.dicts import from_dict as from_dict
