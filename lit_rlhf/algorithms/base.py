@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lit_rlhf.algorithms.schedule import DECAY, Schedule, lr_factor, recommended_lr
+from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, lr_factor, recommended_lr
 from lit_rlhf.data.rows import encode_prompt
 from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
@@ -69,6 +69,7 @@ class RLHFModule(LightningModule):
 
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # logged name -> which of value, mean, std, min, max
     progress_keys: ClassVar[tuple[str, ...]] = ("loss/loss",)  # shown in the progress bar
+    learns_from_feedback: ClassVar[bool] = True  # imitation takes other learning rates
 
     def __init__(
         self,
@@ -101,6 +102,8 @@ class RLHFModule(LightningModule):
         self.tokenizer = tokenizer_for(policy, tokenizer)
         self.models = PolicyReferenceValue(policy, reference=reference, value=value, value_std=value_std)
         self.lr = lr or recommended_lr(sum(p.numel() for p in self.models.policy.parameters()))
+        if self.learns_from_feedback:
+            check_learning_rate(lr, self.models.policy)
         self.value_lr: float | None = None  # of the value function's own parameters; the policy's where None
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.weight_decay, self.betas = weight_decay, (betas[0], betas[1])

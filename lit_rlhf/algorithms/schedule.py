@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal
+
+from torch import nn
+
+_TABLE = ((1e9, 5e-6, 1e-5), (10e9, 1e-6, 5e-6), (70e9, 5e-7, 1e-6), (math.inf, 1e-7, 5e-7))  # parameters below, range
+_LORA = 10.0  # adapters take rates ten times as high
+_FAR = 10.0  # how far outside of the range a rate has to be for a warning
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -43,3 +50,31 @@ def recommended_lr(parameters: int) -> float:
     '1.8e-04 7.1e-06 1.9e-06'
     """
     return 5e-6 * math.sqrt(1e9 / max(parameters, 1))
+
+
+def learning_rate_range(parameters: int, lora: bool = False) -> tuple[float, float]:
+    """Lowest and highest peak learning rate for reinforcement learning of a policy with that many parameters.
+
+    The table of Flux's documentation, by full size; ten times that where LoRA adapters are trained instead.
+
+    >>> learning_rate_range(500_000_000), learning_rate_range(7_000_000_000, lora=True)
+    ((5e-06, 1e-05), (1e-05, 5e-05))
+    """
+    low, high = next((low, high) for below, low, high in _TABLE if parameters < below)
+    return (round(low * _LORA, 12), round(high * _LORA, 12)) if lora else (low, high)
+
+
+def check_learning_rate(lr: float | None, policy: nn.Module) -> None:
+    """Warn of a learning rate more than ten times outside of what fits the policy's size.
+
+    The table has one range for all that is smaller than a billion parameters; below, the highest rate grows as
+    `recommended_lr` does.
+    """
+    parameters, lora = sum(p.numel() for p in policy.parameters()), hasattr(policy, "peft_config")
+    low, high = learning_rate_range(parameters, lora)
+    high = max(high, recommended_lr(parameters) * (_LORA if lora else 1.0))
+    if lr is not None and not low / _FAR <= lr <= high * _FAR:
+        warnings.warn(
+            f"algo.lr={lr:g} is far from the {low:.2g} to {high:.2g} that fits a policy of {parameters:,} parameters",
+            stacklevel=5,
+        )

@@ -32,6 +32,7 @@ class SFT(RLHFModule):
         **module: the arguments of `RLHFModule`.
     """
 
+    learns_from_feedback = False
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "loss/loss": ("value",),
         "loss/sft_loss": ("value",),
