@@ -4,7 +4,8 @@
     python benchmarks/learning_curves.py --algos ppo rloo --seeds 1 2 3
 
 Each run is the command a user types, `python -m lit_rlhf.train algo=NAME seed=N`, in a process of its own, one after
-the other; seconds count from the command to its end, start-up included. The runs are added to those in
+the other; seconds count from the command to its end, start-up included, and beside them those of processor time,
+which other work on the machine changes less. The runs are added to those in
 `docs/learning_curves.json`, in place of earlier ones of the same algorithm and seed; all of them are then drawn to
 `docs/learning_curves.png` and printed as a table. With --read nothing is run.
 """
@@ -113,8 +114,8 @@ def draw(results: dict[str, dict[str, Any]], target: Path) -> None:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The README's table."""
     lines = [
-        "| algorithm | seed | sampled accuracy, before | after | greedy, after | seconds |",
-        "|---|---|---|---|---|---|",
+        "| algorithm | seed | sampled accuracy, before | after | greedy, after | seconds | of CPU |",
+        "|---|---|---|---|---|---|---|",
     ]
     for algo, seeds in results.items():
         for seed, found in seeds.items():
@@ -122,7 +123,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             name = measure_of(points)
             before, after = points[name][0], points[name][-1]
             greedy = f"{points['accuracy_greedy'][-1]:.3f}" if "accuracy_greedy" in points else "pairs"
-            lines.append(f"| {algo} | {seed} | {before:.3f} | {after:.3f} | {greedy} | {found['seconds']:.0f} |")
+            took = f"{found['seconds']:.0f} | {found['cpu_seconds']:.0f}"
+            lines.append(f"| {algo} | {seed} | {before:.3f} | {after:.3f} | {greedy} | {took} |")
     return "\n".join(lines)
 
 
