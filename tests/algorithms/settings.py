@@ -53,7 +53,6 @@ SETTINGS = {
 }
 ON_POLICY = list(SETTINGS)
 ON_POLICY_CLASSES = list(dict.fromkeys(algorithm for algorithm, _ in SETTINGS.values()))
-STALENESS = (0, 2, 1, 0, 3, 1)
 
 
 def other_weights(model, scale, seed):
@@ -80,12 +79,12 @@ def with_other_models(module):
     return module
 
 
-def rows_for(name, model, lengths=(3, 7, 1, 5, 2, 6)):
+def rows_for(name, model, lengths=(3, 7, 1, 5, 2, 6), prompt_lengths=(2, 5, 1, 4, 5, 3)):
     """Uneven rows with values, returns and ages, about the log-probs of `model`."""
-    rows = random_experience(lengths, model=model)
+    rows = random_experience(lengths, prompt_lengths, model=model)
     g = torch.Generator().manual_seed(5)
     noise = lambda: torch.randn(rows.response_mask.shape, generator=g, dtype=torch.float64)  # noqa: E731
-    stale = torch.tensor(STALENESS[: len(rows)])
+    stale = torch.arange(len(rows)) * 5 % 4
     rows = replace(
         rows,
         values=0.3 * noise(),

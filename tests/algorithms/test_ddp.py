@@ -7,93 +7,35 @@ import torch.distributed as dist
 from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.sft import SFT
-from lit_rlhf.data.modules import RowsDataModule
-from lit_rlhf.types import SamplingConfig, ScoredRollout
-from tests.helpers import build, plain_logprobs, prompt_rows, random_experience, tiny_model, trainer
-
-UNEVEN = (3, 7, 1, 5, 2, 6, 4, 0)
-ONE_RANK_EMPTY = (3, 7, 1, 5, 0, 0, 0, 0)
-PROMPT_LENGTHS = (2, 5, 1, 4, 5, 3, 1, 2)
-
-
-def reported(algorithm, folder, adamw=False):
-    """The algorithm with plain gradient descent (unless `adamw`), leaving behind what every rank ended with."""
-
-    class Reported(algorithm):
-        def configure_optimizers(self):
-            return super().configure_optimizers() if adamw else torch.optim.SGD(self.models.policy.parameters(), 0.1)
-
-        def publish(self, stats, extra=None):
-            self.published = {name: float(value) for name, value in stats.compute().items()}
-            return super().publish(stats, extra)
-
-        def on_fit_end(self):
-            metrics = {name: value for name, value in self.published.items() if not name.startswith("perf/")}
-            report = {"weights": self.models.policy.state_dict(), "metrics": metrics, "steps": self.global_step}
-            torch.save(
-                report | {"loop": self.loop.to_plain()},
-                folder / f"{self.trainer.world_size}x{self.accumulate}-{self.rank}.pt",
-            )
-
-    return Reported
-
-
-def run(make, data, folder, devices, accumulate=1, epochs=1):
-    """Fit; every rank's report."""
-    trainer(devices, accumulate, epochs).fit(make(), datamodule=RowsDataModule(data))
-    files = [folder / f"{devices}x{accumulate}-{rank}.pt" for rank in range(devices)]
-    return [torch.load(file, weights_only=True) for file in files]
-
-
-def assert_same_run(found, expected, start, atol=1e-10):
-    for report in found:
-        moved = 0.0
-        for name, weight in expected["weights"].items():
-            torch.testing.assert_close(report["weights"][name], weight, atol=atol, rtol=0)
-            moved = max(moved, float((weight - start[name]).abs().max()))
-        assert moved > 1e-4, "the step changed nothing"
-        assert report["metrics"].keys() == expected["metrics"].keys()
-        for name, value in expected["metrics"].items():
-            assert report["metrics"][name] == pytest.approx(value, abs=1e-8), name
-
-
-def fixed_rows(algorithm, lengths):
-    """The algorithm on rows that are given: every rank takes its share of them instead of sampling."""
-
-    class FixedRows(algorithm):
-        def gather(self, prompts):
-            share = len(lengths) // self.world_size
-            return self.rows[self.rank * share : (self.rank + 1) * share]
-
-    def make(folder, adamw, **arguments):
-        model = tiny_model().double()
-        rows = random_experience(lengths, PROMPT_LENGTHS, model=model)
-        names = set(ScoredRollout.__dataclass_fields__) - {"ref_logprobs"}
-        module = build(
-            reported(FixedRows, folder, adamw),
-            model,
-            **{"group_size": 2, "prompts_per_rollout": 4, "kl_coef": 0.3, "entropy_coef": 0.1, **arguments},
-        )
-        module.rows = ScoredRollout(**{name: getattr(rows, name) for name in names})
-        module.models.reference.load_state_dict(tiny_model(seed=1).state_dict())
-        return module
-
-    return make
+from lit_rlhf.types import SamplingConfig
+from tests.algorithms.ranks import (
+    ONE_RANK_EMPTY,
+    PROMPT_LENGTHS,
+    UNEVEN,
+    assert_same_run,
+    on_given_rows,
+    reported,
+    run,
+    run_of_four,
+    start_of,
+)
+from tests.helpers import build, plain_logprobs, prompt_rows, random_experience, tiny_model
 
 
 @pytest.mark.parametrize("lengths", [UNEVEN, ONE_RANK_EMPTY], ids=["uneven", "one rank empty"])
 @pytest.mark.parametrize("loss_agg", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("algorithm", [GRPO, DAPO])
 def test_ranks_and_micro_batches_make_one_step(algorithm, loss_agg, lengths, tmp_path):
-    make = lambda: fixed_rows(algorithm, lengths)(tmp_path, False, loss_agg=loss_agg)  # noqa: E731
-    (expected,) = run(make, prompt_rows(4), tmp_path, devices=1)
-    start = tiny_model().double().state_dict()
+    terms = {"kl_coef": 0.3, "entropy_coef": 0.1}
+    make = lambda: on_given_rows(algorithm)(tmp_path, lengths=lengths, loss_agg=loss_agg, **terms)  # noqa: E731
+    (expected,) = run_of_four(make, tmp_path, devices=1)
+    start = start_of(make())
 
     assert expected["metrics"]["stability/clip_fraction"] > 0
     assert expected["metrics"]["loss/loss"] != 0
     layouts = [(2, 1), (2, 2), (1, 4)] if loss_agg == "token-mean" else [(2, 2)]
     for devices, accumulate in layouts:
-        found = run(make, prompt_rows(4), tmp_path, devices, accumulate)
+        found = run_of_four(make, tmp_path, devices, accumulate)
         assert_same_run(found, expected, start)
 
     # and the step is that of one batch: no trainer, no counts
@@ -101,15 +43,15 @@ def test_ranks_and_micro_batches_make_one_step(algorithm, loss_agg, lengths, tmp
     batch = fresh.collect(None)
     fresh.training_step(batch).backward()
     for name, p in fresh.models.policy.named_parameters():
+        name = f"policy.{name}"
         torch.testing.assert_close(expected["weights"][name], p.detach() - 0.1 * p.grad, atol=1e-10, rtol=0)
 
 
 def test_adamw_takes_the_same_step_on_two_ranks(tmp_path):
-    make = lambda: fixed_rows(GRPO, UNEVEN)(tmp_path, True, lr=1e-3)  # noqa: E731
-    (expected,) = run(make, prompt_rows(4), tmp_path, devices=1)
-    found = run(make, prompt_rows(4), tmp_path, devices=2, accumulate=2)
-    start = tiny_model().double().state_dict()
-    assert_same_run(found, expected, start, atol=1e-6)
+    make = lambda: on_given_rows(GRPO)(tmp_path, adamw=True, lr=1e-3, kl_coef=0.3)  # noqa: E731
+    (expected,) = run_of_four(make, tmp_path, devices=1)
+    found = run_of_four(make, tmp_path, devices=2, accumulate=2)
+    assert_same_run(found, expected, start_of(make()), atol=1e-6)
 
 
 @pytest.mark.parametrize(("devices", "accumulate"), [(2, 1), (2, 2)])
@@ -120,7 +62,7 @@ def test_demonstrations_on_two_ranks_make_the_same_steps(devices, accumulate, tm
     found = run(make, rows, tmp_path, devices, accumulate)
     assert [report["steps"] for report in (expected, *found)] == [2] * 3
     # the loss and the gradient's norm are means over steps, the lengths over rows: all are free of the layout
-    assert_same_run(found, expected, tiny_model().double().state_dict())
+    assert_same_run(found, expected, start_of(make()))
 
 
 def test_sampled_rollouts_do_not_depend_on_the_number_of_ranks(tmp_path):
@@ -137,7 +79,7 @@ def test_sampled_rollouts_do_not_depend_on_the_number_of_ranks(tmp_path):
     for report in (expected, *found):
         assert report["loop"]["prompts_seen"] == 8
     # the sampler keeps its log-probs in float32, the policy here is float64
-    assert_same_run(found, expected, tiny_model().double().state_dict(), atol=1e-6)
+    assert_same_run(found, expected, start_of(make()), atol=1e-6)
 
 
 def only_rank_0_tells_samples_apart(completion_ids, **kwargs):
@@ -178,7 +120,8 @@ def test_dynamic_sampling_takes_the_same_rounds_on_ranks_that_fare_differently(r
         carried = first["loop"]["carried"]
         assert len(carried["version"]) == 4
         assert (carried["version"] == 2).all()
-        assert any((w != tiny_model().double().state_dict()[n]).any() for n, w in first["weights"].items())
+        start = start_of(make())
+        assert any((w != start[n]).any() for n, w in first["weights"].items())
 
 
 def test_plain_log_probs_of_these_rows_lie_where_some_are_clipped():
