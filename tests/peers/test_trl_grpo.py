@@ -10,7 +10,8 @@ from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.dr_grpo import DrGRPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.gspo import GSPO
-from lit_rlhf.functional import group_normalize
+from lit_rlhf.functional import aggregate, clipped_policy_loss, group_normalize
+from lit_rlhf.models.scoring import score
 from lit_rlhf.registry import get_policy_loss
 from lit_rlhf.types import SamplingConfig
 from tests.helpers import build, plain_logprobs, tiny_model
@@ -81,9 +82,9 @@ CASES = {
 }
 
 
-def both(tmp_path, config, algorithm, arguments, micro_batches=1, counted=True, batch=None):
+def both(tmp_path, config, algorithm, arguments, micro_batches=1, counted=True):
     """Our side and TRL's, the module and the trainer."""
-    batch = rows() if batch is None else batch
+    batch = rows()
     trainer = trainer_of("GRPO", tmp_path, micro_batches=micro_batches, **config)
     inputs = with_old_logprobs(scored(trainer, batch), batch)
     module = build(algorithm, group_size=GROUP_SIZE, **arguments)
@@ -100,8 +101,30 @@ def test_loss_and_gradient(config, algorithm, arguments, with_kl, tmp_path):
         config, arguments = {**config, **KL[0]}, {**arguments, **KL[1]}
     found, expected, _, trainer = both(tmp_path, config, algorithm, arguments)
     assert_agree(found, expected)
-    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean"):  # the clip is at work on either side
-        assert 0 < trainer._metrics["train"].get(name, [0.5])[-1] < 1
+    names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "cispo_clip_ratio")
+    clipped = [trainer._metrics["train"][name][-1] for name in names if name in trainer._metrics["train"]]
+    assert clipped
+    assert all(0 < share < 1 for share in clipped)  # some tokens are, on either side, and some are not
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "mode"),
+    [
+        ("grpo", "seq-mean-token-mean"),
+        ("dapo", "token-mean"),
+        ("bnpo", "token-mean"),
+        ("dr_grpo", "seq-mean-token-sum-norm"),
+    ],
+)
+def test_the_functions_without_a_module(loss_type, mode, tmp_path):
+    batch, model = rows(), policy()
+    trainer = trainer_of("GRPO", tmp_path, loss_type=loss_type)
+    advantages = batch.spread(group_normalize(batch.rewards, batch.group_ids))
+    per_token = clipped_policy_loss(score(model, batch).logprobs, batch.old_logprobs, advantages)
+    loss = aggregate(per_token, batch.response_mask, mode, max_length=LONGEST)
+    loss.backward()
+    found = loss.item(), {name: p.grad for name, p in model.named_parameters()}
+    assert_agree(found, theirs(trainer, with_old_logprobs(scored(trainer, batch), batch)))
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "cispo", "gspo"])
