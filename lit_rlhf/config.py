@@ -39,6 +39,7 @@ _WITHOUT = {  # groups that a run can do without, and what Hydra reads for `grou
     "debug": [],
     "experiment": [],
 }
+_SUBGROUPS = ("debug/steps",)  # what train.yaml chooses from by itself
 _SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 _TOP_LEVEL_KINDS = {
     "seed": (int,),
@@ -60,10 +61,15 @@ def conf_dir() -> Path:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` with the known name closest to `name`, or the list of them when none is close."""
+    """`"; did you mean 'x'?"` with the known name closest to `name`, or the list of them when none is close.
+
+    A name without its folder is compared with the names inside folders, too.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    inside = difflib.get_close_matches(name, [path.rpartition("/")[2] for path in known], n=1, cutoff=0.6)
+    found = close or [path for path in known if path.rpartition("/")[2] in inside]
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else f"; known: {', '.join(known)}"
 
 
 def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> list[str]:
@@ -80,7 +86,7 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
     Raises:
         InputError: an unknown group, choice or key, with the nearest valid one.
     """
-    groups = {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in conf_dir().iterdir() if d.is_dir()}
+    groups = {folder.name: _choices(folder) for folder in conf_dir().iterdir() if folder.is_dir()}
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     implied = _implied({key.lstrip("+"): value for key, _, value in (a.partition("=") for a in arguments)})
     prepared = []
@@ -105,6 +111,12 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
             argument = f"{key}={_quoted(value)}"
         prepared.append(f"++{argument}" if "." in key and key[0] != "+" else argument)
     return implied + prepared
+
+
+def _choices(group: Path) -> list[str]:
+    """The yaml files of a group, those in its folders as `folder/name`, but for folders that are groups themselves."""
+    files = [file.relative_to(group).with_suffix("") for file in group.rglob("*.yaml")]
+    return sorted(file.as_posix() for file in files if f"{group.name}/{file.parent}" not in _SUBGROUPS)
 
 
 def _implied(given: Mapping[str, str]) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 from typing import Any, TypeAlias, TypeVar
 
@@ -79,7 +80,7 @@ def register_policy_loss(name: str, *, ratio: bool = True) -> Callable[[_Fn], _F
 
 def has_ratio(loss: PolicyLoss) -> bool:
     """Whether a policy loss weighs by π/π_old itself; unless it was registered as one without, it does."""
-    return loss not in _WITHOUT_RATIO
+    return (loss.func if isinstance(loss, partial) else loss) not in _WITHOUT_RATIO
 
 
 def get_adv_estimator(name_or_callable: str | AdvantageEstimator) -> AdvantageEstimator:
@@ -103,7 +104,7 @@ def get_policy_loss(name_or_callable: str | PolicyLoss) -> PolicyLoss:
 def call_with_named(fn: Callable[..., Any], *args: Any, **available: Any) -> Any:
     """Call `fn` with the positional arguments and those of the available keywords that its signature names.
 
-    A function that takes `**kw` gets all of them.
+    A function that takes `**kw` gets all of them. What a `functools.partial` has fixed stays as it is.
 
     Raises:
         InputError: when a keyword that `fn` requires is not available, or is None.
@@ -112,6 +113,7 @@ def call_with_named(fn: Callable[..., Any], *args: Any, **available: Any) -> Any
     1.0
     """
     signature = inspect.signature(fn)
+    available = {k: v for k, v in available.items() if not (isinstance(fn, partial) and k in fn.keywords)}
     bound = signature.bind_partial(*args).arguments
     named = {k: p for k, p in signature.parameters.items() if k not in bound and p.kind not in _NOT_NAMED}
     for name, parameter in named.items():
@@ -142,24 +144,44 @@ def _register(table: dict[str, Any], what: str, name: str) -> Callable[[_Fn], _F
 
 def _look_up(table: dict[str, _Fn], what: str, name: str | _Fn) -> _Fn:
     if not isinstance(name, str):
-        return name
+        return _usable(what, name)
     if name in table:
         return table[name]
     if "." in name:
-        imported: _Fn = _imported(what, name)
-        return imported
+        imported: _Fn = import_path(what, name)
+        return _usable(what, imported)
     near = difflib.get_close_matches(name, table, 1, 0.0)
     raise InputError(f"unknown {what} {name!r}: did you mean {near[0]!r}? registered: {_listed(table)}")
 
 
-def _imported(what: str, path: str) -> Any:
+def _usable(what: str, fn: _Fn) -> _Fn:
+    if isinstance(fn, type):
+        title, key = f"{fn.__module__}.{fn.__qualname__}", what.replace(" ", "_")
+        raise InputError(f"{what}: {title} is a class; give an object of it, on the command line algo.{key}._target_=")
+    if not callable(fn):
+        raise InputError(f"{what}: {fn!r} is no function; give a registered name, an import path or a function")
+    return fn
+
+
+def import_path(what: str, path: str) -> Any:
+    """What a dotted import path names.
+
+    Raises:
+        InputError: there is no such module, or it has no such name; it says which is nearest.
+    """
     module, _, name = path.rpartition(".")
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        found = import_module(module)
+    except (ImportError, ValueError) as error:
         raise InputError(
             f"{what}: cannot import {path!r} ({error}); give a registered name or an import path"
         ) from None
+    if not hasattr(found, name):
+        public = [known for known in dir(found) if not known.startswith("_")]
+        near = difflib.get_close_matches(name, public, 1, 0.0)
+        hint = f": did you mean {module}.{near[0]}?" if near else ", and no other public name"
+        raise InputError(f"{what}: module {module!r} has no {name!r}{hint}")
+    return getattr(found, name)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -47,7 +47,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     data = instantiate(cfg.data)
     policy = instantiate(cfg.model)
     tokenizer = cfg.tokenizer if isinstance(cfg.tokenizer, str) else instantiate(cfg.tokenizer)
-    algorithm = instantiate(cfg.algo, _partial_=True)
+    algorithm = instantiate(cfg.algo, _partial_=True, **_functions(cfg.algo))
     if not (isinstance(algorithm.func, type) and issubclass(algorithm.func, RLHFModule)):
         raise InputError(f"algo._target_={cfg.algo._target_} is no algorithm, that is no class made from RLHFModule")
     module = algorithm(
@@ -136,6 +136,28 @@ def _import_plugin(name: str) -> None:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise InputError(f"plugins: there is no module {name!r}, neither installed nor in {Path.cwd()}") from None
+
+
+def _functions(algo: DictConfig) -> dict[str, Any]:
+    """The loss and the estimator of `algo` that are nodes with a `_target_`.
+
+    Of a plain function that is the function itself, with the node's arguments fixed, where Hydra would call it: only
+    `_partial_: false` does, for a function that makes one. Of a class it is an object.
+    """
+    from lit_rlhf.registry import import_path
+
+    found = {}
+    for key in ("policy_loss", "advantage_estimator"):
+        node = algo.get(key)
+        if not (OmegaConf.is_dict(node) and "_target_" in node):
+            continue
+        target = import_path(f"algo.{key}._target_", str(node["_target_"]))
+        if isinstance(target, type) or node.get("_partial_") is False:
+            found[key] = instantiate(node)
+        else:
+            function = instantiate(node, _partial_=True)
+            found[key] = function if function.args or function.keywords else function.func
+    return found
 
 
 def _quiet() -> None:

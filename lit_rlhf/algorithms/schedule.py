@@ -75,6 +75,7 @@ def check_learning_rate(lr: float | None, policy: nn.Module) -> None:
     high = max(high, recommended_lr(parameters) * (_LORA if lora else 1.0))
     if lr is not None and not low / _FAR <= lr <= high * _FAR:
         warnings.warn(
-            f"algo.lr={lr:g} is far from the {low:.2g} to {high:.2g} that fits a policy of {parameters:,} parameters",
+            f"algo.lr={lr:g} is far from the {low:.2g} to {high:.2g} that fits a policy of {parameters:,} parameters; "
+            f"leave it out for {recommended_lr(parameters):.2g}",
             stacklevel=5,
         )
