@@ -68,13 +68,14 @@ class ReferenceCache:
             return
         encoded = [encode_pair(module.tokenizer, row) for row in pairs.values()]
         file = self.folder / f"{self._digest(encoded, module)}.pt"
-        found, original = module.trainer.strategy.broadcast((_read(file, encoded), self._is_reference(module)))
-        if found is None and not original:
-            raise InputError(
-                f"algo.reference_cache: there is no {file}, in which this run keeps the reference's log-probs of "
-                f"{len(pairs)} pairs, and the policy has been trained since; give the folder the run was begun with"
-            )
+        broadcast = module.trainer.strategy.broadcast  # what the first rank finds is so for all
+        found = broadcast(_read(file, encoded))
         if found is None:
+            if not broadcast(weights_digest(module.models.policy) == self.reference):
+                raise InputError(
+                    f"algo.reference_cache: there is no {file}, in which this run keeps the reference's log-probs of "
+                    f"{len(pairs)} pairs, and the policy has been trained since; give the folder the run was begun with"
+                )
             found = _compute(module, encoded)
             if module.rank == 0:
                 _write(file, found)
@@ -87,9 +88,6 @@ class ReferenceCache:
             raise InputError(_CHANGING)
         sides = [_padded([pair[side] for pair in known if pair is not None], batch.chosen_ids) for side in (0, 1)]
         return replace(batch, ref_chosen=sides[0], ref_rejected=sides[1])
-
-    def _is_reference(self, module: PreferenceModule) -> bool:
-        return weights_digest(module.models.policy) == self.reference
 
     def _digest(self, encoded: Sequence[EncodedPair], module: PreferenceModule) -> str:
         digest = hashlib.sha256(f"{self.reference} {module.trainer.precision}".encode())
@@ -124,8 +122,7 @@ def _scored(module: PreferenceModule, encoded: Sequence[EncodedPair]) -> Iterato
     size = max(1, module.batch_size // (module.world_size * module.accumulate))
     for start in range(0, len(encoded), size):
         rows = stack_pairs(encoded[start : start + size], module.tokenizer.pad_token_id).completions()
-        # validation runs in inference mode, whose tensors no later training step could use
-        with torch.inference_mode(False), torch.no_grad(), module.trainer.precision_plugin.forward_context():
+        with torch.no_grad(), module.trainer.precision_plugin.forward_context():
             logprobs = module.models.score(rows.to(module.device)).logprobs.cpu()
             of_rows = [x[mask].clone() for x, mask in zip(logprobs, rows.response_mask, strict=True)]
         yield from zip(of_rows[: len(of_rows) // 2], of_rows[len(of_rows) // 2 :], strict=True)
@@ -152,9 +149,8 @@ def _read(file: Path, encoded: Sequence[EncodedPair]) -> list[_LogProbs] | None:
         return None
     expected = [len(side) for pair in encoded for side in pair[1:]]
     try:
-        with torch.inference_mode(False):
-            saved = torch.load(file, weights_only=True)
-            rows = saved["logprobs"].split(saved["lengths"].tolist())
+        saved = torch.load(file, weights_only=True)
+        rows = saved["logprobs"].split(saved["lengths"].tolist())
     except Exception as error:  # of torch, pickle, zipfile, ...
         raise InputError(f"algo.reference_cache: {file} cannot be read ({type(error).__name__}); delete it") from error
     if [len(row) for row in rows] != expected:

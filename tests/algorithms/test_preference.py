@@ -356,9 +356,9 @@ CONTEXT = 128
 def test_a_pair_may_fill_the_context_and_no_more(name, long_side):
     def pair(tokens):
         sides = {"chosen": "6", "rejected": "7", long_side: "6 " * tokens}
-        return {"prompt": "5 " * 100, **sides}
+        return {"prompt": "5", **sides}
 
-    fits, long = pair(CONTEXT - 101), pair(CONTEXT - 100)
+    fits, long = pair(CONTEXT - 2), pair(CONTEXT - 1)
     for rows, held_out, which in (([fits] * 3 + [long], [], "training"), ([fits] * 4, [fits] * 3 + [long], "held-out")):
         data = RowsDataModule(rows, held_out)
         with pytest.raises(InputError, match=f"1 of 4 {which} rows with .* the longest has 129 tokens, .* 128;"):
