@@ -10,9 +10,9 @@ over tokens; the constant 1/max_new_tokens only sets its scale.
 
 from __future__ import annotations
 
+import math
 import warnings
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -20,7 +20,7 @@ from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.functional.masked import zero_outside
-from lit_rlhf.ranks import mean_over_ranks
+from lit_rlhf.ranks import mean_over_ranks, sum_over_ranks
 from lit_rlhf.types import ScoredRollout
 
 
@@ -70,8 +70,9 @@ class REINFORCE(OnPolicyModule):
         scored = rollout.response_mask & ~rollout.raw_rewards.isnan().unsqueeze(1)
         advantages = zero_outside(returns - self.baseline, scored)
         first = returns.gather(1, rollout.response_mask.float().argmax(1, keepdim=True)).squeeze(1)  # of the whole row
-        mean = float(mean_over_ranks(first, scored.any(1)))
-        if bool(torch.isfinite(torch.tensor(mean))):
+        counted = scored.any(1)
+        mean, completions = float(mean_over_ranks(first, counted)), int(sum_over_ranks(counted.sum()))
+        if completions and math.isfinite(mean):  # a rollout without a single reward says nothing
             a, numbers = self.baseline_decay, self.loop.numbers
             numbers["baseline_average"] = a * numbers.get("baseline_average", 0.0) + (1 - a) * mean
             numbers["baseline_rollouts"] = numbers.get("baseline_rollouts", 0.0) + 1

@@ -1,0 +1,86 @@
+"""The penalty of ConservativePPO (C19): its value, its gradient, its K over the whole step, its coefficient."""
+
+import pytest
+import torch
+
+from lit_rlhf.algorithms.conservative_ppo import ConservativePPO
+from lit_rlhf.data.modules import RowsDataModule
+from lit_rlhf.models.scoring import Scores
+from lit_rlhf.types import SamplingConfig
+from tests.algorithms.settings import SPLITS, loss_gradients_stats, setting, split, take_stats
+from tests.algorithms.toys import rollout_of
+from tests.helpers import build, gradients, prompt_rows, trainer
+
+
+class TestConservativePenalty:
+    """C19: c = .1, K = .05, kappa = .01."""
+
+    def penalty(self, kl, **arguments):
+        module = build(ConservativePPO, **arguments)
+        kl = torch.tensor([kl], dtype=torch.float64).requires_grad_()
+        zeros = torch.zeros_like(kl).detach()
+        rollout = rollout_of([0.0], [kl.shape[1]], values=zeros, ref_logprobs=zeros)
+        loss = module.compute_loss(Scores(zeros, None, kl, zeros), module.experience(rollout))["kl_penalty"]
+        return loss.item(), torch.autograd.grad(loss, kl)[0][0].tolist(), take_stats(module)
+
+    def test_value_and_gradient(self):
+        value, slopes, stats = self.penalty([0.03, 0.07])
+        assert value == pytest.approx(1.6e-4, abs=1e-12)
+        assert slopes == pytest.approx([0.004, 0.004], abs=1e-12)  # dL/dK = .008, over two tokens
+        assert stats["stability/kl_violation"] == 1
+        assert stats["stability/max_kl_threshold"] == pytest.approx(0.01)
+        assert stats["stability/conservative_coef"] == pytest.approx(0.1)
+
+    def test_below_the_threshold_there_is_none(self):
+        value, slopes, stats = self.penalty([0.004, 0.016])
+        assert value == 0
+        assert slopes == [0, 0]
+        assert stats["stability/kl_violation"] == 0
+
+    @pytest.mark.parametrize("parts", SPLITS.values(), ids=SPLITS)
+    def test_without_the_other_micro_batches_it_would_be_another(self, parts):
+        """Of the parts' own K the gradient differs from the whole's: `begin_step` is what makes them one."""
+        module, batch = setting("ConservativePPO")
+        _, expected, _ = loss_gradients_stats(module, batch)
+        loss_gradients_stats(module, *split(batch, parts))
+        assert module._step_kl is not None
+        module._step_kl = None
+        found = gradients(module, *[module.training_step(part) for part in split(batch, parts)])
+        assert max(float((found[name] - gradient).abs().max()) for name, gradient in expected.items()) > 1e-3
+
+    @pytest.mark.parametrize(("kl", "expected"), [(0.05, 0.2), (0.012, 0.1), (0.005, 0.05), (None, 0.15)])
+    def test_c_doubles_and_halves_once_per_step(self, kl, expected):
+        bounds = (1e-3, 1e3) if kl else (0.08, 0.15)
+        module = build(ConservativePPO, adaptive=True, conservative_coef_range=bounds)
+        module.loop.numbers["conservative_coef"], module._last_kl = 0.1, kl or 0.05
+        module.on_before_optimizer_step(torch.optim.SGD(module.models.parameters(), 0.1))
+        assert module.loop.numbers["conservative_coef"] == pytest.approx(expected)
+
+    def test_c_stays_unless_it_adapts_and_where_no_step_is_taken(self):
+        for arguments, numbers in (({}, {}), ({"adaptive": True}, {"stopped": 1.0})):
+            module = build(ConservativePPO, **arguments)
+            module.loop.numbers |= {"conservative_coef": 0.1, **numbers}
+            module._last_kl = 5.0
+            module.on_before_optimizer_step(torch.optim.SGD(module.models.parameters(), 0.1))
+            assert module.loop.numbers["conservative_coef"] == 0.1
+
+    @pytest.mark.parametrize("accumulate", [1, 2, 4])
+    def test_in_a_run_k_is_of_all_tokens_of_the_step(self, accumulate):
+        seen = []
+
+        class Watched(ConservativePPO):
+            def on_before_optimizer_step(self, optimizer):
+                super().on_before_optimizer_step(optimizer)
+                seen.append((self._last_kl, [p.grad.clone() for p in self.models.policy.parameters()]))
+
+        sizes = {"group_size": 2, "prompts_per_rollout": 4, "sampling": SamplingConfig(max_new_tokens=6)}
+        for parts in (1, accumulate):
+            module, _ = setting("ConservativePPO", **sizes, update_epochs=1)
+            module.__class__ = Watched
+            module.engine.end_token_ids = list(range(1, 30))
+            trainer(accumulate=parts).fit(module, datamodule=RowsDataModule(prompt_rows(4)))
+        (expected, gradient), (found, other) = seen
+        assert expected > 0.02
+        assert found == pytest.approx(expected, rel=1e-9)
+        for a, b in zip(gradient, other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
