@@ -84,7 +84,10 @@ class RewardModeling(PreferenceModule):
         return self.margin if batch.margin is None else batch.margin.nan_to_num(self.margin)
 
     def export_model(self) -> Any:
-        """The reward model as `AutoModelForSequenceClassification` loads it, with padding on either side."""
+        """The reward model as `AutoModelForSequenceClassification` loads it.
+
+        It reads rows padded on the right; padded on the left, models with absolute positions want `position_ids` too.
+        """
         policy, head = self.models.policy, self.models.value_head
         assert head is not None
         config = type(policy.config).from_dict(policy.config.to_dict())
