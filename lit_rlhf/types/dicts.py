@@ -100,9 +100,10 @@ def _check_keys(given: Mapping[str, Any], required: tuple[str, ...], optional: t
 
 def _from_rows(read: Fields, pad_token_id: int) -> GivenCompletions:
     """Move the attended tokens together: the first is the prompt, the others are the response."""
-    ids, attended = read.ids("input_ids", "BL"), read.mask("attention_mask", "BL")
+    ids = read.ids("input_ids", "BL")
     if ids.shape[1] < 2:
         raise InputError(f"batch: 'input_ids' has the shape {list(ids.shape)}; expected [B, L] with L of 2 at least")
+    attended = read.mask("attention_mask", "BL")
     if "old_log_probs" not in read and "behavior_log_probs" not in read:
         raise InputError(
             "batch: 'old_log_probs' is missing, and so is 'behavior_log_probs'; expected either, [B, L], the log-probs "
