@@ -109,3 +109,39 @@ def test_bad_names_are_named():
         MaskedStats({"x": ("mean", "median")})
     with pytest.raises(ValueError, match="unknown name y: this metric knows x, z"):
         MaskedStats(["x", "z"]).update({"y": (1.0, None)})
+
+
+def test_the_effective_share_is_of_raw_weights_over_all_batches():
+    # C10: (.2 + 1 + 5)^2 / (3 (.04 + 1 + 25))
+    stats = MaskedStats({"ess": ("ess",)})
+    stats.update({"ess": (torch.tensor([0.2, NAN]), torch.tensor([True, False]))})
+    stats.update({"ess": (torch.tensor([1.0, 5.0]), None)})
+    assert values(stats) == {"ess": pytest.approx(0.4920635, abs=1e-7)}
+    stats.reset()
+    stats.update({"ess": (torch.full((7,), 3.0), None)})
+    assert values(stats) == {"ess": pytest.approx(1)}
+    stats.update({"ess": (torch.zeros(3), None)})
+    assert values(stats)["ess"] == pytest.approx(0.7)
+    stats.reset()
+    stats.update({"ess": (torch.zeros(3), None)})
+    assert values(stats) == {"ess": 0}
+
+
+def test_names_that_come_later_are_logged_too():
+    stats = MaskedStats({"a": ("mean", "max")})
+    stats.update({"a": (torch.tensor([1.0, 3.0]), None)})
+    stats.extend(["a", "mine", "yours"])
+    stats.update({"yours": (torch.tensor([-5.0, -7.0]), None)})
+    assert values(stats) == {"a_mean": 2, "a_max": 3, "yours": -6}
+    stats.extend(["mine"])
+    stats.update({"mine": (1.0, None), "a": (torch.tensor(8.0), None)})
+    assert values(stats) == {"a_mean": 4, "a_max": 8, "mine": 1, "yours": -6}
+    stats.reset()
+    assert values(stats) == {}
+    stats.update({"mine": (2.0, None), "a": (1.0, None)})
+    assert values(stats) == {"a_mean": 1, "a_max": 1, "mine": 2}
+    other = MaskedStats({"a": ("mean", "max")})
+    other.extend(["mine", "yours"])
+    for state in ("sums", "highs"):
+        setattr(other, state, getattr(stats, state))
+    assert values(other) == values(stats)
