@@ -33,7 +33,7 @@ def test_reference_log_probs_are_cached_from_the_command_line(tmp_path):
     assert len(list((tmp_path / "cache").glob("*.pt"))) == 2  # held-out pairs and training pairs
 
 
-# What a run is shortened to, and what its accuracy on held-out pairs has to pass: with seeds 1 and 2 it is 0.90 and 0.66.
+# What a run is shortened to, and what its accuracy on held-out pairs has to pass: it is 0.90 and 0.66 (seeds 1, 2).
 SHORT = {
     "dpo": (["data.train_size=4096", "algo.batch_size=32", "trainer.max_epochs=1"], 0.8),
     "reward_modeling": (["algo.batch_size=32", "trainer.max_epochs=1"], 0.6),
