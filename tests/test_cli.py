@@ -81,6 +81,13 @@ print(code, [name for name in ("torch", "lightning", "transformers") if name in 
         (["algo.lr=1e-4,1e-3"], "algo.lr=1e-4,1e-3 are several values; write [...] for a list, or add -m"),
         (["hydra.run.dir=a(b"], "hydra.run.dir=a(b cannot be read: "),
         (["plugins=one"], "'plugins' must be list, got 'one'"),
+        (["experiment=enhanced_ppo"], "unknown choice experiment=enhanced_ppo; did you mean 'signal/enhanced_ppo'?"),
+        (["algo.policy_loss=clp"], "unknown policy loss 'clp': did you mean 'clip'? registered: "),
+        (
+            ["algo.policy_loss=lit_rlhf.registry.get"],
+            "policy loss: module 'lit_rlhf.registry' has no 'get': did you mean ",
+        ),
+        (["algo.policy_loss=lit_rlhf.DAPO"], "policy loss: lit_rlhf.algorithms.dapo.DAPO is a class; give an object"),
         (["plugins=[nowhere]"], "plugins: there is no module 'nowhere'"),
         (["algo._target_=lit_rlhf.algorithms.dapo.DAPPO"], "Error loading 'lit_rlhf.algorithms.dapo.DAPPO'"),
         (["algo._target_=nowhere.DAPO"], "Error loading 'nowhere.DAPO'"),
@@ -260,11 +267,15 @@ def my_function(prompts, completions, completion_ids, level, **columns):
 
 def test_a_plugin_brings_a_loss_and_an_algorithm(here):
     Path("mine.py").write_text("""
-from lit_rlhf import DAPO, register_policy_loss
+from lit_rlhf import DAPO, register_adv_estimator, register_policy_loss
 
 @register_policy_loss("three_and_a_half")
-def three_and_a_half(old_logp, logp, advantages, mask, **named):
-    return 0 * logp + 3.5, {}
+def three_and_a_half(old_logp, logp, advantages, mask, more=0.0, **named):
+    return 0 * logp + 3.5 + more, {}
+
+@register_adv_estimator("my_advantage")
+def my_advantage(rewards, mask, **named):
+    return rewards - rewards.mean(), rewards
 
 class MyDAPO(DAPO):
     def __init__(self, *, strength: float = 1.0, **rest):
@@ -272,10 +283,12 @@ class MyDAPO(DAPO):
         print("strength", strength)
 """)
     sizes = ["algo.prompts_per_rollout=8", "algo.group_size=2", "algo.minibatches=2"]
-    loss = ["algo.policy_loss=three_and_a_half"]
-    folder = run_folder(fork("plugins=[mine]", *loss, *sizes, *TINY, cwd=here))
-    (rollout,) = [row for row in metrics_of(folder) if "loss/policy_loss" in row]
-    assert rollout["loss/policy_loss"] == pytest.approx(3.5)
+    by_name = ["plugins=[mine]", "algo.policy_loss=three_and_a_half", "algo.advantage_estimator=my_advantage"]
+    by_node = ["algo.policy_loss._target_=mine.three_and_a_half", "algo.policy_loss.more=1.0"]
+    for loss, expected in ((by_name, 3.5), (by_node, 4.5)):
+        folder = run_folder(fork(*loss, *sizes, *TINY, f"hydra.run.dir={expected}", cwd=here))
+        (rollout,) = [row for row in metrics_of(folder) if "loss/policy_loss" in row]
+        assert rollout["loss/policy_loss"] == pytest.approx(expected)
     arguments = ["algo._target_=mine.MyDAPO", "algo.strength=2.5", "hydra.run.dir=out", *sizes, *TINY]
     finished = fork(*arguments, cwd=here)
     assert run_folder(finished) == here / "out"

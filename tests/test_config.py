@@ -4,9 +4,10 @@ import importlib
 import inspect
 import sys
 import typing
-from functools import cache
+from functools import cache, partial
 
 import pytest
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
@@ -17,7 +18,7 @@ from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 from lit_rlhf.config import check_config, check_run, conf_dir, nearest, prepare_arguments, signature_of
 from lit_rlhf.errors import InputError
 from lit_rlhf.rollouts.importance import ImportanceArgs, ImportanceCorrection
-from lit_rlhf.train import _top_level
+from lit_rlhf.train import _functions, _top_level
 from tests.helpers import NumberTokenizer, build, sum_of_ids, tiny_model
 from tests.runs import config_of
 
@@ -272,6 +273,8 @@ def test_the_configuration_lies_in_the_checkout_or_in_the_package():
         (["trainer.max_steps=5", "trainer.max_epochs=-1"], ["++trainer.max_steps=5", "++trainer.max_epochs=-1"]),
         (["debug=null", "experiment=tiny_base"], ["experiment=tiny_base"]),
         (["logger=null", "callbacks=null"], ["~logger", "~callbacks"]),
+        (["experiment=flux/dapo"], ["experiment=flux/dapo"]),
+        (["algo.policy_loss._target_=a.b"], ["++algo.policy_loss._target_=a.b"]),
     ],
 )
 def test_a_command_line_becomes_hydras(given, expected):
@@ -344,6 +347,13 @@ def test_values_arrive_as_they_were_given():
         ("algo=dapoo", "unknown choice algo=dapoo; did you mean 'dapo'?"),
         ("algo=xyzxyz", "unknown choice algo=xyzxyz; known: " + ", ".join(ALGORITHMS)),
         ("algo=grpo,dappo", "unknown choice algo=dappo; did you mean 'dapo'?"),
+        (
+            "experiment=signal/enhanced_pp",
+            "unknown choice experiment=signal/enhanced_pp; did you mean 'signal/enhanced_ppo'?",
+        ),
+        ("experiment=dpo", "unknown choice experiment=dpo; did you mean 'flux/dpo' or 'signal/dpo'?"),
+        ("experiment=signl/grop", "unknown choice experiment=signl/grop; did you mean 'signal/grpo'?"),
+        ("debug=steps/tiny_sft", "unknown choice debug=steps/tiny_sft; known: tiny"),
         ("algo=grpo,dapo", "algo=grpo,dapo are several runs; add -m to start one after the other"),
         ("data=", "unknown choice data=; known: arithmetic, file"),
         ("data=null", "unknown choice data=null; known: arithmetic, file"),
@@ -485,6 +495,54 @@ def test_values_that_no_run_can_have_are_refused(override, sentence):
 def test_what_a_run_fills_in_itself_is_refused_and_not_ignored(override, instead):
     key = ".".join(override.split("=")[0].split(".")[:2])
     assert refused(check_run, with_values(override)) == f"'{key}' would have no effect; write {instead}"
+
+
+def my_loss(old_logp, logp, advantages, mask, strength=1.0):
+    return strength * (old_logp - logp), {}
+
+
+def make_loss(strength):
+    return partial(my_loss, strength=strength)
+
+
+class MyLoss:
+    def __init__(self, strength=1.0):
+        self.strength = strength
+
+    def __call__(self, old_logp, logp, advantages, mask):
+        return self.strength * (old_logp - logp), {}
+
+
+@pytest.mark.parametrize(
+    ("node", "strength"),
+    [
+        ("my_loss", 1),
+        ("my_loss,_partial_:true", 1),
+        ("my_loss,strength:3", 3),
+        ("make_loss,strength:4,_partial_:false", 4),
+        ("MyLoss", 1),
+        ("MyLoss,strength:5", 5),
+    ],
+)
+@pytest.mark.parametrize("key", ["policy_loss", "advantage_estimator"])
+def test_a_function_is_handed_over_and_a_class_is_built(key, node, strength):
+    """Hydra would call the function while it builds the algorithm."""
+    config = config_of(f"algo.{key}={{_target_:{__name__}.{node}}}")
+    check_run(plain(config))
+    found = _functions(config.algo)
+    assert set(found) == {key}
+    assert found[key](3.0, 1.0, None, None) == (2.0 * strength, {})
+    assert found[key] is my_loss or node not in ("my_loss", "my_loss,_partial_:true")
+    built = instantiate(config.algo, _partial_=True, **found)
+    assert built.keywords[key] is found[key]
+
+
+def test_what_is_no_node_is_left_alone():
+    assert _functions(config_of("algo.policy_loss=gspo").algo) == {}
+    sentence = refused(_functions, config_of(f"algo.policy_loss={{_target_:{__name__}.my_los}}").algo)
+    assert sentence == (
+        f"algo.policy_loss._target_: module '{__name__}' has no 'my_los': did you mean {__name__}.my_loss?"
+    )
 
 
 def test_the_keys_of_an_algorithm_are_its_own():

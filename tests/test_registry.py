@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from lit_rlhf.registry import (
     call_with_named,
     get_adv_estimator,
     get_policy_loss,
+    has_ratio,
     register_adv_estimator,
     register_policy_loss,
 )
@@ -172,6 +175,27 @@ class TestTables:
         with pytest.raises(InputError, match=r"'clp': did you mean 'clip'\?.*cispo, clip, gspo"):
             get_policy_loss("clp")
 
+    def test_an_import_path_is_followed_and_its_nearest_name_offered(self):
+        assert get_policy_loss("lit_rlhf.registry._clip") is get_policy_loss("clip")
+        with pytest.raises(
+            InputError, match=r"module 'lit_rlhf.functional' has no 'agregate': .*functional.aggregate\?$"
+        ):
+            get_policy_loss("lit_rlhf.functional.agregate")
+        with pytest.raises(InputError, match=r"policy loss: cannot import 'nowhere\.loss'"):
+            get_policy_loss("nowhere.loss")
+
+    def test_a_class_and_a_number_are_no_functions(self):
+        with pytest.raises(
+            InputError, match=r"estimator: torch\.nn\.modules\.linear\.Linear is a class; .*_estimator\._target_="
+        ):
+            get_adv_estimator(torch.nn.Linear)
+        with pytest.raises(InputError, match="policy loss: 3 is no function; give a registered name"):
+            get_policy_loss(3)
+
+    def test_a_partial_is_known_for_its_function(self):
+        assert not has_ratio(partial(get_policy_loss("reinforce")))
+        assert has_ratio(partial(get_policy_loss("clip"), clip_ratio_low=0.1))
+
     def test_a_callable_is_its_own_name(self):
         assert get_adv_estimator(max) is max
         assert get_policy_loss(max) is max
@@ -198,6 +222,12 @@ class TestCallWithNamed:
 
         assert call_with_named(Scale(), 3, beta=1) == 6
         assert call_with_named(Scale(), 3, gamma=3) == 9
+
+    def test_what_a_partial_has_fixed_stays(self):
+        def fn(x, gamma=1.0, beta=2.0):
+            return x, gamma, beta
+
+        assert call_with_named(partial(fn, gamma=0.5), 3, gamma=0.9, beta=0.1) == (3, 0.5, 0.1)
 
     def test_a_missing_keyword_is_named(self):
         for given in ({}, {"values": None}):
