@@ -19,7 +19,7 @@ from statistics import mean
 from learning_curves import run
 
 STALE = ["algo=importance_sampling", "algo.min_staleness=4", "algo.buffer_size=5"]
-SETTING = ["algo.minibatches=4", "trainer.max_epochs=120", "trainer.check_val_every_n_epoch=30"]
+SETTING = ["algo.minibatches=4", "trainer.max_epochs=80", "trainer.check_val_every_n_epoch=40"]
 ARMS = {"corrected": "token", "uncorrected": "none"}
 
 
