@@ -7,17 +7,14 @@ entry points hand in plain dictionaries and argument lists.
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib.util
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.signatures import nearest as nearest
+from lit_rlhf.signatures import signature_of as signature_of
 
 _IMPLIED = {"data.path": "data=file", "model.path": "model=pretrained"}  # a path given chooses what reads it
 _ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
@@ -51,25 +48,12 @@ _TOP_LEVEL_KINDS = {
 }
 _NEEDED = ("algo", "data", "model", "reward", "rollout", "trainer")  # groups that every run instantiates
 _GIVEN = ("policy", "tokenizer", "reward_funcs", "sampling", "seed")  # what `train` hands to the algorithm
-_SIMPLE = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "Path": (str,)}
 
 
 def conf_dir() -> Path:
     """The folder of the yaml files: inside the installed package, or beside it in a checkout."""
     here = Path(__file__).resolve().parent
     return next(d for d in (here / "conf", here.parent / "conf") if (d / "train.yaml").is_file())
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` with the known name closest to `name`, or the list of them when none is close.
-
-    A name without its folder is compared with the names inside folders, too.
-    """
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    inside = difflib.get_close_matches(name, [path.rpartition("/")[2] for path in known], n=1, cutoff=0.6)
-    found = close or [path for path in known if path.rpartition("/")[2] in inside]
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else f"; known: {', '.join(known)}"
 
 
 def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> list[str]:
@@ -206,122 +190,3 @@ def check_config(config: Mapping[str, Any], path: str = "") -> None:
             raise InputError(f"unknown key {where!r}{nearest(str(key), siblings)}")
         if isinstance(value, Mapping):
             check_config(value, where)
-
-
-@dataclass(frozen=True)
-class Signature:
-    """The keywords that a class or function takes."""
-
-    parameters: Mapping[str, ast.expr | None]  # name -> annotation
-    open: bool  # takes keywords that cannot be known here
-
-    def check(self, key: str, value: Any, path: str) -> None:
-        """Raise an `InputError` if `key` is no parameter or `value` is missing or cannot be one."""
-        if value == "???":
-            raise InputError(f"'{path}.{key}' is missing; give {path}.{key}=...")
-        if key not in self.parameters:
-            if self.open:
-                return
-            raise InputError(f"unknown key '{path}.{key}'{nearest(key, self.parameters)}")
-        kinds, nullable = _simple_kinds(self.parameters[key])
-        allowed = tuple(t for kind in kinds for t in _SIMPLE.get(kind, ()))
-        fits = isinstance(value, allowed) and not (isinstance(value, bool) and "bool" not in kinds)
-        interpolated = isinstance(value, str) and "${" in value
-        if kinds and not fits and not interpolated and not (value is None and nullable):
-            raise InputError(
-                f"'{path}.{key}' must be {' or '.join(kinds)}, got {'null' if value is None else repr(value)}"
-            )
-
-
-@cache
-def signature_of(target: str) -> Signature | None:
-    """The keywords of a dotted import path, from its source; None where the source cannot be found."""
-    found = _find(target)
-    if found is None:
-        return None
-    node, module = found
-    if isinstance(node, ast.FunctionDef):
-        return _of_function(node, module)
-    return _of_class(node, module)
-
-
-def _of_function(node: ast.FunctionDef, module: str, skip: int = 0) -> Signature:
-    named = [*node.args.posonlyargs, *node.args.args][skip:] + node.args.kwonlyargs
-    parameters = {argument.arg: argument.annotation for argument in named}
-    rest = node.args.kwarg
-    if rest is None:
-        return Signature(parameters, open=False)
-    annotation = rest.annotation
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith("Unpack"):
-        typed = _find(f"{module}.{ast.unparse(annotation.slice)}")
-        if typed is not None and isinstance(typed[0], ast.ClassDef):
-            return Signature(_fields(typed[0], typed[1]) | parameters, open=False)
-    return Signature(parameters, open=True)
-
-
-def _of_class(node: ast.ClassDef, module: str) -> Signature | None:
-    for item in node.body:
-        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return _of_function(item, module, skip=1)
-    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        return Signature(_fields(node, module), open=False)
-    for base in node.bases:
-        signature = signature_of(f"{module}.{ast.unparse(base)}")
-        if signature is not None:
-            return signature
-    return None
-
-
-def _fields(node: ast.ClassDef, module: str) -> dict[str, ast.expr | None]:
-    """Annotated names of a TypedDict or dataclass and of its bases."""
-    fields: dict[str, ast.expr | None] = {}
-    for base in node.bases:
-        found = _find(f"{module}.{ast.unparse(base)}")
-        if found is not None and isinstance(found[0], ast.ClassDef):
-            fields |= _fields(found[0], found[1])
-    for item in node.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            fields[item.target.id] = item.annotation
-    return fields
-
-
-def _find(target: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
-    """The definition behind a dotted path and the module it stands in; re-exports are followed."""
-    module, _, name = target.rpartition(".")
-    tree = _parse(module) if module else None
-    body = tree.body if tree is not None else []
-    for node in [*body, *(inner for outer in body if isinstance(outer, ast.If) for inner in outer.body)]:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
-            return node, module
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return _find(f"{node.module}.{alias.name}")
-    return None
-
-
-@cache
-def _parse(module: str) -> ast.Module | None:
-    top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)  # finds a top-level name without importing it
-    if spec is None:
-        return None
-    places = [Path(p).joinpath(*rest) for p in spec.submodule_search_locations or ()]
-    files = [f for place in places for f in (place / "__init__.py", place.with_suffix(".py"))]
-    if spec.origin and not rest:
-        files.insert(0, Path(spec.origin))
-    for file in files:
-        if file.is_file():
-            return ast.parse(file.read_text(encoding="utf-8"))
-    return None
-
-
-def _simple_kinds(annotation: ast.expr | None) -> tuple[list[str], bool]:
-    """`["int", "float"]` of an annotation made of simple types only, else nothing; and whether None is allowed."""
-    if annotation is None:
-        return [], True
-    text = str(annotation.value if isinstance(annotation, ast.Constant) else ast.unparse(annotation))
-    parts = [part.strip() for part in text.removeprefix("Optional[").removesuffix("]").split("|")]
-    kinds = [part for part in parts if part != "None"]
-    nullable = text.startswith("Optional[") or "None" in parts
-    return (kinds if all(kind in _SIMPLE for kind in kinds) else []), nullable

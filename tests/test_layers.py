@@ -12,6 +12,7 @@ import lit_rlhf
 PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (  # lowest first; parts of one layer do not know each other
     {"errors"},
+    {"signatures"},
     {"types", "functional", "config"},
     {"ranks"},
     {"registry"},
