@@ -87,7 +87,7 @@ class ConservativePPO(OnPolicyModule):
         return self.penalty_kl == "full" or super().exact_kl
 
     def _kl(self, scores: Scores, batch: Experience) -> Tensor:
-        if scores.kl is not None:
+        if self.penalty_kl == "full" and scores.kl is not None:
             return scores.kl
         assert batch.ref_logprobs is not None
         return kl_estimate(scores.logprobs, batch.ref_logprobs, "k2")

@@ -50,7 +50,9 @@ class REINFORCEPlusPlus(OnPolicyModule):
     ) -> None:
         self.gamma, self.clip_ratio_low, self.clip_ratio_high = gamma, clip_ratio_low, clip_ratio_high
         if group_baseline:
-            variant: OnPolicyArgs = {"advantage_estimator": "group_normalize", "kl_in": "loss", "kl_estimator": "k2"}
+            variant: OnPolicyArgs = {"advantage_estimator": "group_normalize", "kl_in": "loss"}
+            if on_policy.get("kl_in") != "reward":  # where k1 is the one whose gradient is the KL's
+                variant["kl_estimator"] = "k2"
             on_policy = {**variant, **on_policy}
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
         check_number("algo.gamma", gamma, at_least=0)

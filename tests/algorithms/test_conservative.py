@@ -32,10 +32,18 @@ class TestConservativePenalty:
         assert stats["stability/conservative_coef"] == pytest.approx(0.1)
 
     def test_below_the_threshold_there_is_none(self):
-        value, slopes, stats = self.penalty([0.004, 0.016])
+        value, slopes, stats = self.penalty([0.002, 0.008])
         assert value == 0
         assert slopes == [0, 0]
         assert stats["stability/kl_violation"] == 0
+
+    def test_the_penaltys_kl_is_the_one_asked_for_beside_another_in_the_loss(self):
+        module, batch = setting("ConservativePPO k2", kl_estimator="full")
+        scores = module.score(batch)
+        assert scores.kl is not None
+        k2 = ((scores.logprobs - batch.ref_logprobs).square() / 2)[batch.response_mask].mean()
+        penalty = module.compute_loss(scores, batch)["kl_penalty"].item()
+        assert penalty == pytest.approx(2.0 * (k2.item() - 0.02) ** 2)
 
     @pytest.mark.parametrize("parts", SPLITS.values(), ids=SPLITS)
     def test_without_the_other_micro_batches_it_would_be_another(self, parts):

@@ -181,6 +181,10 @@ class TestWhitening:
         assert (module.kl.in_loss, module.kl.in_reward, module.kl.loss_estimator) == (True, False, "k2")
         module = build(REINFORCEPlusPlus)
         assert (module.kl.in_loss, module.kl.in_reward, module.kl.reward_estimator) == (False, True, "k1")
+        module = build(REINFORCEPlusPlus, group_baseline=True, kl_in="reward")
+        assert (module.kl.in_loss, module.kl.in_reward, module.kl.reward_estimator) == (False, True, "k1")
+        module = build(REINFORCEPlusPlus, group_baseline=True, kl_estimator="k3")
+        assert (module.kl.in_loss, module.kl.loss_estimator) == (True, "k3")
 
 
 class TestLosses:
