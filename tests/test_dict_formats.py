@@ -13,7 +13,8 @@ from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.remax import ReMax
 from lit_rlhf.algorithms.rloo import RLOO
 from lit_rlhf.errors import InputError
-from lit_rlhf.types import PreferenceBatch, from_dict
+from lit_rlhf.types import PreferenceBatch, ScoredRollout, from_dict
+from tests.algorithms.settings import ON_POLICY_CLASSES
 from tests.helpers import PAD, assert_gradients_equal, build, gradients, pretend_trainer, tiny_model, trainer
 from tests.test_dicts import WIDTH, groups, numbers, rows
 from tests.test_preference_dicts import GOOD as PAIRS
@@ -218,3 +219,32 @@ def test_pairs_are_recognised():
         build(GRPO).training_step(PAIRS)
     with pytest.raises(InputError, match="'rejected_attention_mask' is missing"):
         from_dict({key: value for key, value in PAIRS.items() if key != "rejected_attention_mask"})
+
+
+@pytest.mark.parametrize("algorithm", ON_POLICY_CLASSES)
+def test_every_algorithm_learns_from_groups_as_from_its_own_samples(algorithm):
+    """What was sampled goes the same way as a dictionary of it."""
+    settings = {"value": "shared", "kl_coef": 0.1, "importance_correction": "token", "sampling": {"max_new_tokens": 4}}
+    module, again = build(algorithm, **settings), build(algorithm, **settings)
+    greedy = torch.tensor([0.25, 0.75])
+    batch = groups(greedy_rewards=greedy if algorithm is ReMax else None)
+    flat = {name: batch[name].flatten(0, 1) for name in ("response_ids", "old_log_probs", "rewards")}
+    mask = batch["response_masks"].flatten(0, 1).bool()
+    sampled = ScoredRollout(
+        prompt_ids=batch["prompt_ids"].repeat_interleave(2, 0),
+        prompt_mask=(batch["prompt_ids"] != PAD).repeat_interleave(2, 0),
+        response_ids=flat["response_ids"],
+        response_mask=mask,
+        behavior_logprobs=flat["old_log_probs"] * mask,
+        old_logprobs=flat["old_log_probs"] * mask,
+        truncated=torch.zeros(4, dtype=torch.bool),
+        group_ids=torch.tensor([0, 0, 1, 1]),
+        version=torch.zeros(4, dtype=torch.long),
+        raw_rewards=flat["rewards"],
+        reward_parts=flat["rewards"].unsqueeze(1),
+        rewards=flat["rewards"],
+        baseline=greedy.repeat_interleave(2),
+    )
+    expected = module.training_step(module.experience(module.score_rollout(sampled)))
+    torch.testing.assert_close(again.training_step(batch), expected, atol=1e-10, rtol=1e-8)
+    assert expected.item() != 0

@@ -102,6 +102,8 @@ def test_a_batch_that_cannot_be_used_is_refused_in_a_sentence(make, changes, sen
 
 
 def test_keys_of_no_format_are_refused():
+    with pytest.raises(InputError, match=r"^batch: it is a list; expected a dictionary of tensors"):
+        build(PPO).training_step([torch.ones(2)])
     for batch in ({}, {"rewards": [1.0]}, {"text": "a"}, {"input_ids": [[1]], "prompt_ids": [[1]]}):
         with pytest.raises(
             InputError, match=r"^batch: the keys .* are of no format; expected input_ids, .*; or prompt_i"

@@ -39,7 +39,6 @@ _GROUPS = (
     ("prompt_masks", "old_log_probs", "behavior_log_probs", "greedy_rewards"),
 )
 _PAIRS = (tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "attention_mask")), ())
-_SHARED = {"rewards", "old_log_probs", "behavior_log_probs"}  # of two formats: they tell none apart
 
 
 def from_dict(batch: Mapping[str, Any], pad_token_id: int = 0) -> GivenCompletions | PreferenceBatch:
@@ -70,9 +69,9 @@ def from_dict(batch: Mapping[str, Any], pad_token_id: int = 0) -> GivenCompletio
         InputError: a key is unknown or missing, or its value is of the wrong type or shape; the sentence names the
             key, what was given and what is expected.
     """
-    given = {str(key): value for key, value in batch.items() if value is not None}
+    given = _given(batch)
     formats = (_ROWS, _GROUPS, _PAIRS)
-    own = [len(({*required, *optional} - _SHARED) & given.keys()) for required, optional in formats]
+    own = [len({*required, *optional} & given.keys()) for required, optional in formats]
     if own.count(max(own)) > 1:
         choices = "; or ".join(", ".join(required) for required, _ in formats)
         raise InputError(f"batch: the keys {', '.join(given) or '(none)'} are of no format; expected {choices}")
@@ -82,6 +81,12 @@ def from_dict(batch: Mapping[str, Any], pad_token_id: int = 0) -> GivenCompletio
     _check_keys(given, *chosen)
     read = Fields(given)
     return _from_rows(read, pad_token_id) if chosen is _ROWS else _from_groups(read, pad_token_id)
+
+
+def _given(batch: object) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise InputError(f"batch: it is a {type(batch).__name__}; expected a dictionary of tensors")
+    return {str(key): value for key, value in batch.items() if value is not None}
 
 
 def _check_keys(given: Mapping[str, Any], required: tuple[str, ...], optional: tuple[str, ...]) -> None:
