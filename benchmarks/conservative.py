@@ -14,8 +14,8 @@ from pathlib import Path
 
 from learning_curves import column, run
 
-SETTING = ["algo.max_kl_divergence=0.02", "trainer.max_epochs=80", "trainer.check_val_every_n_epoch=40"]
-ARMS = {"penalty": [], "no penalty": ["algo.conservative_coef=0", "algo.adaptive=false"]}
+SETTING = ["algo.max_kl_divergence=0.025", "trainer.max_epochs=60", "trainer.check_val_every_n_epoch=30"]
+ARMS = {"penalty": ["algo.conservative_coef=200"], "no penalty": ["algo.conservative_coef=0"]}
 
 
 def main() -> None:
