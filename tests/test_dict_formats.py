@@ -46,6 +46,15 @@ def test_rows_become_a_first_token_and_the_rest():
     assert found.advantages.tolist() == [[0, 1.5, 1.5], [2.5, 0, 0], [3.5, 3.5, 0]]
 
 
+def test_numbers_are_floats_without_gradient():
+    batch = rows(rewards=torch.tensor([1, 0, 1], dtype=torch.bool), values=numbers(3, 3, WIDTH).half())
+    batch["old_log_probs"] = numbers(1, 3, WIDTH).requires_grad_()
+    found = from_dict(batch)
+    assert (found.rewards.dtype, found.values.dtype) == (torch.float32, torch.float32)
+    assert (found.old_logprobs.dtype, found.old_logprobs.requires_grad) == (torch.float64, False)
+    assert from_dict(batch | {"rewards": [2, 3, 4]}).rewards.dtype == torch.float32
+
+
 def test_groups_become_rows_of_repeated_prompts():
     batch = groups(prompt_ids=torch.tensor([[PAD, 6, PAD, 7], [8, PAD, PAD, PAD]]))
     batch["response_ids"][0, 1] = torch.tensor([PAD, PAD, 11, 1])  # padded on the left
