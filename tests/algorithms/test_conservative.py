@@ -56,6 +56,14 @@ class TestConservativePenalty:
         found = gradients(module, *[module.training_step(part) for part in split(batch, parts)])
         assert max(float((found[name] - gradient).abs().max()) for name, gradient in expected.items()) > 1e-3
 
+    def test_a_step_of_one_micro_batch_has_a_k_of_its_own(self):
+        module, batch = setting("ConservativePPO")
+        first = batch[:3]
+        loss, _, _ = loss_gradients_stats(module, first)
+        loss_gradients_stats(module, *split(batch, SPLITS["uneven"]))
+        module.begin_step([first])
+        assert module.training_step(first).item() == pytest.approx(loss, abs=1e-12)
+
     @pytest.mark.parametrize(("kl", "expected"), [(0.05, 0.2), (0.012, 0.1), (0.005, 0.05), (None, 0.15)])
     def test_c_doubles_and_halves_once_per_step(self, kl, expected):
         bounds = (1e-3, 1e3) if kl else (0.08, 0.15)

@@ -176,6 +176,12 @@ class TestWhitening:
         found = experienced(REINFORCEPlusPlus, rollout, group_baseline=True).advantages[:, 0]
         assert found.tolist() == pytest.approx([1.2247449, -1.2247449, 0, 0], abs=1e-6)
 
+    def test_the_variant_divides_by_no_groups_deviation(self):
+        rollout = rollout_of([1, 0, 5, 1], [1] * 4, group_ids=[0, 0, 1, 1])
+        found = experienced(REINFORCEPlusPlus, rollout, group_baseline=True).advantages[:, 0]
+        deviation = math.sqrt((2 * 0.25 + 2 * 4) / 3)
+        assert found.tolist() == pytest.approx([x / deviation for x in (0.5, -0.5, 2, -2)], abs=1e-6)
+
     def test_the_variant_has_its_kl_in_the_loss_by_k2(self):
         module = build(REINFORCEPlusPlus, group_baseline=True)
         assert (module.kl.in_loss, module.kl.in_reward, module.kl.loss_estimator) == (True, False, "k2")

@@ -118,28 +118,47 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypat
 
 MORTAL = '''
 import os, signal
-from lit_rlhf.registry import get_policy_loss, register_policy_loss
+from lit_rlhf.registry import call_with_named, get_policy_loss, register_policy_loss
 
-calls = 0
+calls, usual = 0, os.environ["USUAL"]
 
-@register_policy_loss("mortal")
-def mortal(old_logp, logp, advantages, mask, clip_ratio_low, clip_ratio_high):
+@register_policy_loss(__name__, ratio=usual != "reinforce")
+def mortal(old_logp, logp, advantages, mask, **named):
     """The usual loss, until the process is killed in the middle of a rollout's updates."""
     global calls
     calls += 1
     if calls == int(os.environ.get("DIES_AT", 0)):
         os.kill(os.getpid(), signal.SIGKILL)
-    return get_policy_loss("clip")(old_logp, logp, advantages, mask, clip_ratio_low, clip_ratio_high)
+    return call_with_named(get_policy_loss(usual), old_logp, logp, advantages, mask, **named)
 '''
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_the_middle_of_a_rollout_continues_to_the_same_model(tmp_path, monkeypatch):
-    (tmp_path / "mortal.py").write_text(MORTAL)
+@pytest.mark.parametrize(
+    ("algorithm", "usual", "own"),
+    [
+        ("dapo", "clip", []),
+        ("reinforce", "reinforce", []),
+        ("importance_sampling", "reinforce", ["buffer_size=2"]),
+        ("conservative_ppo", "clip", ["adaptive=true", "kl_coef=0.1", "kl_target=0.1"]),
+    ],
+)
+def test_a_run_killed_in_the_middle_of_a_rollout_continues_to_the_same_model(
+    algorithm, usual, own, tmp_path, monkeypatch
+):
+    mortal = f"mortal_{algorithm}"
+    (tmp_path / f"{mortal}.py").write_text(MORTAL)
     monkeypatch.syspath_prepend(str(tmp_path))
-    sizes = ["prompts_per_rollout=8", "group_size=4", "minibatches=2", "update_epochs=2", "lr_schedule=linear"]
+    monkeypatch.setenv("USUAL", usual)
+    sizes = ["prompts_per_rollout=8", "group_size=4", "minibatches=2", "update_epochs=2", "lr_schedule=linear", *own]
     saving = ["every_n_train_steps=1"]
-    arguments = ["algo=dapo", "plugins=[mortal]", "algo.policy_loss=mortal", "validate_first=false", *QUIET]
+    arguments = [
+        f"algo={algorithm}",
+        f"plugins=[{mortal}]",
+        f"algo.policy_loss={mortal}",
+        "validate_first=false",
+        *QUIET,
+    ]
     arguments += [f"algo.{size}" for size in sizes] + [f"callbacks.checkpoint.{when}" for when in saving]
     arguments += ["data.held_out=1", "trainer.max_epochs=4", "trainer.accumulate_grad_batches=2"]
 

@@ -17,11 +17,12 @@ from lit_rlhf.data.modules import RowsDataModule
 from lit_rlhf.errors import InputError
 from lit_rlhf.registry import register_policy_loss
 from lit_rlhf.rollouts.importance import ImportanceCorrection
+from lit_rlhf.rollouts.replay import ReplayBuffer
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.resuming import first_is_even
 from tests.algorithms.settings import other_weights, rollout_from, rows_for, take_stats
 from tests.algorithms.toys import rollout_of
-from tests.helpers import build, plain_logprobs, prompt_rows, prompts, random_experience, trainer
+from tests.helpers import build, plain_logprobs, pretend_trainer, prompt_rows, prompts, random_experience, trainer
 
 NOW = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64).log().unsqueeze(0)  # log w of C10, behaviour at 0
 
@@ -232,6 +233,24 @@ def test_replayed_rows_are_as_old_as_they_are():
         assert (batch.version == i - age).all()
         assert len(batch) == 8
         assert len(set(batch.group_ids.tolist())) == 4
+
+
+def test_every_rollout_every_rank_and_every_seed_draws_anew():
+    seeds = []
+
+    class Recorded(ReplayBuffer):
+        def draw(self, groups, min_age, *seed):
+            seeds.append(seed)
+            return super().draw(groups, min_age, *seed)
+
+    for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        module = build(ImportanceSampling, group_size=2, sampling=SamplingConfig(max_new_tokens=2), seed=seed)
+        pretend_trainer(module, world_size=2, rank=rank)
+        module.loop.replay = Recorded(4, [])
+        for iteration in range(2):
+            module.loop.iteration = iteration
+            module.gather(prompts(1, start=2 * iteration))
+    assert len(set(seeds)) == len(seeds) == 6
 
 
 def test_replay_starts_with_what_was_sampled():
