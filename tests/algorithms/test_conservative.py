@@ -64,7 +64,7 @@ class TestConservativePenalty:
         module.begin_step([first])
         assert module.training_step(first).item() == pytest.approx(loss, abs=1e-12)
 
-    @pytest.mark.parametrize(("kl", "expected"), [(0.05, 0.2), (0.012, 0.1), (0.005, 0.05), (None, 0.15)])
+    @pytest.mark.parametrize(("kl", "expected"), [(0.05, 0.2), (0.012, 0.1), (0.008, 0.1), (0.005, 0.05), (None, 0.15)])
     def test_c_doubles_and_halves_once_per_step(self, kl, expected):
         bounds = (1e-3, 1e3) if kl else (0.08, 0.15)
         module = build(ConservativePPO, adaptive=True, conservative_coef_range=bounds)
