@@ -17,7 +17,6 @@ from lit_rlhf.algorithms.reinforce import REINFORCE
 from lit_rlhf.algorithms.reinforce_pp import REINFORCEPlusPlus
 from lit_rlhf.algorithms.remax import ReMax
 from lit_rlhf.algorithms.rloo import RLOO
-from lit_rlhf.models.scoring import Scores
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.toys import loss_of, rollout_of
 from tests.helpers import build, plain_logprobs, prompts, random_experience, tiny_model
@@ -115,6 +114,12 @@ class TestRewards:
     def test_other_estimators(self, estimator, kl):
         rewards = experienced(REINFORCE, rollout_of([2], [2], **KL), kl_coef=0.1, kl_estimator=estimator).rewards
         assert rewards[0].tolist() == pytest.approx([-0.1 * kl[0], 2 - 0.1 * kl[1]], abs=1e-8)
+
+    def test_the_kl_is_of_the_policy_that_the_update_starts_from(self):
+        """And not of the one that sampled, where they differ."""
+        rollout = rollout_of([2], [2], behavior_logprobs=double([-9, -9]), **KL)
+        rewards = experienced(REINFORCE, rollout, kl_coef=0.1).rewards
+        assert rewards[0].tolist() == pytest.approx([-0.05, 2.05], abs=1e-12)
 
     def test_the_last_token_is_the_last_valid_one_and_not_the_last_column(self):
         nan = math.nan
@@ -291,4 +296,3 @@ def test_the_defaults_are_the_papers():
 def test_the_tiny_models_of_these_tests_are_not_flat():
     logprobs = plain_logprobs(tiny_model().double(), random_experience())
     assert logprobs[logprobs != 0].std() > 0.1
-    assert Scores(logprobs).values is None

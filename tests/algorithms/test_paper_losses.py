@@ -176,6 +176,10 @@ def offered(module, scores):
 
 
 SHIFTED = [(name, None) for name in ON_POLICY] + [(name, agg) for name in ("GRPO", "GSPO") for agg in AGGREGATIONS]
+SHIFTED += [
+    ("PPO", "seq-mean-token-mean"),
+    ("ConservativePPO", "seq-mean-token-sum"),
+]  # values: over tokens all the same
 
 
 @pytest.mark.parametrize(("name", "loss_agg"), SHIFTED)
@@ -233,6 +237,31 @@ def test_the_metrics_of_an_update(name):
     }
     for metric, value in expected.items():
         assert stats[f"stability/{metric}"] == pytest.approx(float(value), abs=1e-9), metric
+
+
+@pytest.mark.parametrize("name", ["GSPO", "GSPO-token", "RLOO clipped", "CISPO", "PPO"])
+def test_how_much_is_clipped_is_of_the_ratio_that_is_clipped(name):
+    module, batch = setting(name)
+    log_ratio = torch.where(batch.response_mask, plain_logprobs(module.models.policy, batch) - batch.old_logprobs, 0.0)
+    lengths = batch.response_mask.sum(1, keepdim=True)
+    by_sequence = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+    bounds = {"GSPO": (0.95, 1.08), "GSPO-token": (0.95, 1.08), "CISPO": (0.0, 1.2)}.get(name, (0.8, 1.2))
+    ratio = {"G": by_sequence / lengths, "R": by_sequence}.get(name[0], log_ratio).exp()[batch.response_mask]
+    A = batch.advantages[batch.response_mask]
+
+    module.training_step(batch)
+
+    below, above = ratio < bounds[0], ratio > bounds[1]
+    expected = {
+        "clip_fraction_low": below & (A < 0),
+        "clip_fraction_high": above & (A > 0),
+        "clip_fraction": (below & (A < 0)) | (above & (A > 0)),
+        "ratio_out_of_range": below | above,
+    }
+    stats = take_stats(module)
+    assert 0 < expected["clip_fraction"].double().mean() < 1
+    for metric, cells in expected.items():
+        assert stats[f"stability/{metric}"] == pytest.approx(float(cells.double().mean()), abs=1e-9), metric
 
 
 def test_the_metrics_of_a_value_function():
