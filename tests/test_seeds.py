@@ -140,6 +140,24 @@ def test_every_name_of_the_documents_has_a_row(document, kind, expected):
     assert {(document, name) for name in expected.split()} <= named(kind)
 
 
+THERE = {  # the documents' own values
+    "ppo": """use_gae=True gamma=0.99 gae_lambda=0.95 clip_epsilon=0.2 value_loss_coef=0.5 entropy_coef=0.01 beta=0.01
+        clip_value_loss=True learning_rate=1e-5 clip_ratio=0.2 kl_penalty=0.1 target_kl=0.01""",
+    "dpo": "beta=0.1 label_smoothing=0.0",
+    "grpo": "beta=0.01 clip_epsilon=0.2",
+    "importance_sampling": "beta=0.1 clip_ratio=10.0",
+    "conservative_ppo": "conservative_coef=0.1 max_kl_divergence=0.01 clip_epsilon=0.2",
+    "reward_modeling": "margin=1.0 temperature=0.1",
+    "reinforce": 'baseline="moving_average" baseline_decay=0.99',
+    "dapo": "clip_ratio_low=0.2 clip_ratio_high=0.28 dynamic_sampling=True token_level_loss=True",
+}
+
+
+def test_the_documents_values_are_theirs():
+    found = {(row["algo"], f"{row['name']}={row['there']}") for row in rows("argument")}
+    assert {(name, value) for name, values in THERE.items() for value in values.split()} <= found
+
+
 def algorithm(name):
     return OmegaConf.load(conf_dir() / "algo" / f"{name}.yaml")
 
