@@ -109,3 +109,23 @@ def test_a_stopped_rollout_stays_stopped_and_the_next_one_begins_anew(uninterrup
     assert all(torch.equal(after["state_dict"][key], weight) for key, weight in before["state_dict"].items())
     assert expected["steps"][0] == 9
     assert any(not torch.equal(expected["weights"][key], weight) for key, weight in after["state_dict"].items())
+
+
+def with_a_metric_of_its_own(old_logp, logp, advantages, mask):
+    return -advantages * logp, {"surprise": -logp.detach()}
+
+
+def test_the_metrics_of_a_loss_of_ones_own_survive_a_stop(tmp_path):
+    class Published(SaveAt):
+        def on_fit_start(self, trainer, module):
+            self.rows, publish = [], module.publish
+            module.publish = lambda stats, extra=None: (
+                self.rows.append({k: float(v) for k, v in stats.compute().items()}) or publish(stats, extra)
+            )
+
+    arguments = {**SIZES, "policy_loss": with_a_metric_of_its_own}
+    whole, rest = Published(6, tmp_path / "within.ckpt"), Published(0, None)
+    fit_of(GSPO, arguments, ROLLOUTS, ACCUMULATE, callbacks=[whole])
+    fit_of(GSPO, arguments, ROLLOUTS, ACCUMULATE, seed=1, callbacks=[rest], ckpt_path=tmp_path / "within.ckpt")
+    assert whole.rows[1]["policy/surprise"] > 0
+    assert rest.rows == whole.rows[1:]
