@@ -15,6 +15,7 @@ from lit_rlhf.algorithms.remax import ReMax
 from lit_rlhf.algorithms.rloo import RLOO
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.resuming import SaveAt, assert_same, everything, fit_of, loop_in
+from tests.helpers import build, random_experience
 
 ROLLOUTS, ACCUMULATE = 3, 2
 SIZES = {"group_size": 2, "prompts_per_rollout": 4, "minibatches": 1, "update_epochs": 2}
@@ -129,3 +130,13 @@ def test_the_metrics_of_a_loss_of_ones_own_survive_a_stop(tmp_path):
     fit_of(GSPO, arguments, ROLLOUTS, ACCUMULATE, seed=1, callbacks=[rest], ckpt_path=tmp_path / "within.ckpt")
     assert whole.rows[1]["policy/surprise"] > 0
     assert rest.rows == whole.rows[1:]
+
+
+def test_metrics_whose_names_came_later_are_in_the_checkpoint():
+    module, other = (build(GSPO, policy_loss=with_a_metric_of_its_own) for _ in range(2))
+    module.training_step(random_experience(model=module.models.policy))
+    module.count({"mine/second": (2.0, None), "mine/first": (1.0, None)})
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    other.on_load_checkpoint(checkpoint)
+    assert other.pop_metrics() == module.pop_metrics() != {}
