@@ -24,8 +24,8 @@ IDS = torch.tensor([9, 4, 9, 4])
 
 @pytest.fixture(autouse=True)
 def _own_tables(monkeypatch):
-    monkeypatch.setattr(registry, "_ADV_ESTIMATORS", dict(registry._ADV_ESTIMATORS))
-    monkeypatch.setattr(registry, "_POLICY_LOSSES", dict(registry._POLICY_LOSSES))
+    monkeypatch.setattr(registry.names, "_ADV_ESTIMATORS", dict(registry.names._ADV_ESTIMATORS))
+    monkeypatch.setattr(registry.names, "_POLICY_LOSSES", dict(registry.names._POLICY_LOSSES))
 
 
 def spread(per_row):
@@ -176,7 +176,7 @@ class TestTables:
             get_policy_loss("clp")
 
     def test_an_import_path_is_followed_and_its_nearest_name_offered(self):
-        assert get_policy_loss("lit_rlhf.registry._clip") is get_policy_loss("clip")
+        assert get_policy_loss("lit_rlhf.registry.losses._clip") is get_policy_loss("clip")
         with pytest.raises(
             InputError, match=r"module 'lit_rlhf.functional' has no 'agregate': .*functional.aggregate\?$"
         ):

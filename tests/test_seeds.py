@@ -50,8 +50,8 @@ def named(*kinds):
 
 @pytest.fixture(autouse=True)
 def _own_tables(monkeypatch):
-    monkeypatch.setattr(registry, "_ADV_ESTIMATORS", dict(registry._ADV_ESTIMATORS))
-    monkeypatch.setattr(registry, "_POLICY_LOSSES", dict(registry._POLICY_LOSSES))
+    monkeypatch.setattr(registry.names, "_ADV_ESTIMATORS", dict(registry.names._ADV_ESTIMATORS))
+    monkeypatch.setattr(registry.names, "_POLICY_LOSSES", dict(registry.names._POLICY_LOSSES))
 
 
 FLUX = """

@@ -258,9 +258,10 @@ class RLHFModule(LightningModule):
 
         For training loops of your own: after `training_step(batch)` it holds `policy_loss`, `approx_kl` and so on.
         """
-        values = {name.split("/")[-1]: float(value) for name, value in self.derived(self.stats.compute()).items()}
+        values = self.derived(self.stats.compute())
         self.stats.reset()
-        return values
+        own_first = sorted(values, key=lambda name: not name.startswith("policy/"))  # ours win where names are the same
+        return {name.split("/")[-1]: float(values[name]) for name in own_first}
 
     def derived(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add what follows from the counted statistics."""

@@ -98,7 +98,7 @@ def test_rows_that_are_alone_in_their_group_are_counted():
 
 def test_an_import_path_is_a_name():
     assert get_policy_loss("lit_rlhf.functional.clipped_policy_loss").__name__ == "clipped_policy_loss"
-    assert get_adv_estimator("lit_rlhf.registry._rloo") is get_adv_estimator("rloo")
+    assert get_adv_estimator("lit_rlhf.registry.estimators._rloo") is get_adv_estimator("rloo")
     with pytest.raises(InputError, match=r"policy loss: .*nothing"):
         build(GRPO, policy_loss="lit_rlhf.registry.nothing")
     with pytest.raises(InputError, match=r"advantage estimator: .*no_such_package"):
@@ -106,7 +106,7 @@ def test_an_import_path_is_a_name():
 
 
 def test_an_imported_loss_is_trained_with():
-    imported, named = (setting("GRPO", policy_loss=loss) for loss in ("lit_rlhf.registry._cispo", "cispo"))
+    imported, named = (setting("GRPO", policy_loss=loss) for loss in ("lit_rlhf.registry.losses._cispo", "cispo"))
     assert imported[0].training_step(imported[1]).item() == named[0].training_step(named[1]).item()
 
 
