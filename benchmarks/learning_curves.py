@@ -7,7 +7,8 @@ Each run is the command a user types, `python -m lit_rlhf.train algo=NAME seed=N
 the other; seconds count from the command to its end, start-up included, and beside them those of processor time,
 which other work on the machine changes less. The runs are added to those in
 `docs/learning_curves.json`, in place of earlier ones of the same algorithm and seed; all of them are then drawn to
-`docs/learning_curves.png` and printed as a table. With --read nothing is run.
+`docs/learning_curves.png` and printed as a table. With --missing only what is not recorded yet is run, and with --read
+nothing.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--algos", nargs="+", default=list(COLORS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--folder", type=Path, default=None, help="keep the runs here")
+    parser.add_argument("--missing", action="store_true", help="run only what is not recorded yet")
     parser.add_argument("--read", action="store_true", help="draw and print what is recorded, run nothing")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "learning_curves.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "learning_curves.png")
@@ -147,6 +149,8 @@ def main() -> None:
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     for algo in [] if arguments.read else arguments.algos:
         for seed in arguments.seeds:
+            if arguments.missing and str(seed) in results.get(algo, {}):
+                continue
             found = run([f"algo={algo}", f"seed={seed}"], base / f"{algo}_{seed}")
             results.setdefault(algo, {})[str(seed)] = found
             results = ordered(results)
