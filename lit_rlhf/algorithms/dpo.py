@@ -11,8 +11,9 @@ IPO's h is the mean over the completion's tokens, as its authors recommend, unle
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from typing_extensions import Unpack
@@ -61,6 +62,15 @@ class DPO(PreferenceModule):
         super().__init__(lr=lr, reference=True, reference_cache=reference_cache, **preference)
         self.beta, self.label_smoothing, self.kind = beta, label_smoothing, kind
         self.per_token = kind == "ipo" and not ipo_sum
+
+    def read_pairs(self, batch: Mapping[str, Any]) -> PreferenceBatch:
+        """See `PreferenceModule.read_pairs`; a `margin` is refused, as no kind of the loss has one."""
+        pairs = super().read_pairs(batch)
+        if pairs.margin is not None:
+            raise InputError(
+                "batch: 'margin' is given and no loss of DPO has one; leave it out, or train RewardModeling with it"
+            )
+        return pairs
 
     def compare(self, batch: PreferenceBatch) -> Comparison:
         """The loss of every pair, and its implicit rewards beta h."""

@@ -18,7 +18,7 @@ from lit_rlhf.data.reference_cache import ReferenceCache
 from lit_rlhf.data.rows import encode_completion
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.functional.masked import zero_outside
-from lit_rlhf.models.loading import max_positions
+from lit_rlhf.models.loading import max_positions, vocabulary_size
 from lit_rlhf.models.wrapper import ValueKind
 from lit_rlhf.rollouts.loader import PassLoader, step_counts
 from lit_rlhf.types import PreferenceBatch, PromptBatch, Row
@@ -85,11 +85,20 @@ class PreferenceModule(RLHFModule):
                 `rejected_attention_mask`, see `preference_batch_from_dict`.
             batch_idx: not used.
         """
-        if isinstance(batch, Mapping):
-            batch = preference_batch_from_dict(batch, self.tokenizer.pad_token_id)
+        if not isinstance(batch, PreferenceBatch):
+            batch = self.read_pairs(batch)
         compared = self.compare(batch)
         self.count(pair_stats(compared, batch))
         return self.total_loss({name: self.mean_over_pairs(loss, batch) for name, loss in compared.losses.items()})
+
+    def read_pairs(self, batch: Mapping[str, Any]) -> PreferenceBatch:
+        """The dictionary's pairs on the module's device.
+
+        Raises:
+            InputError: the dictionary cannot be used, see `preference_batch_from_dict`.
+        """
+        size = vocabulary_size(self.models.policy)
+        return preference_batch_from_dict(batch, self.tokenizer.pad_token_id, size).to(self.device)
 
     def mean_over_pairs(self, per_pair: Tensor, batch: PreferenceBatch) -> Tensor:
         """This micro-batch's share of the mean over the pairs of the optimiser step: its sum over their number.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,29 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.errors import InputError
+
+
+def given_keys(batch: object) -> dict[str, Any]:
+    """What a user's dictionary holds, without the keys whose value is None."""
+    if not isinstance(batch, Mapping):
+        raise InputError(f"batch: it is a {type(batch).__name__}; expected a dictionary of tensors")
+    return {str(key): value for key, value in batch.items() if value is not None}
+
+
+def check_keys(given: Mapping[str, Any], required: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    """Refuse a key that is not known, with the nearest that is, and the lack of a required one."""
+    known = [*required, *optional]
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
+            raise InputError(f"batch: unknown key {key!r}; {hint}")
+    for key in required:
+        if key not in given:
+            raise InputError(
+                f"batch: {key!r} is missing, given are {', '.join(given) or 'none'}; "
+                f"expected {', '.join(required)} at least"
+            )
 
 
 class Fields:
@@ -68,18 +92,32 @@ class Fields:
         return value
 
 
-def check_ids(key: str, ids: Tensor, counts: Tensor) -> None:
-    """Refuse what is no token id where `counts` is true: -100, say, which marks labels to leave out."""
+def check_ids(key: str, ids: Tensor, counts: Tensor, vocabulary: int | None = None) -> None:
+    """Refuse what is no token id where `counts` is true: -100, say, which marks labels to leave out.
+
+    Args:
+        key: of the ids, for the sentence.
+        ids: of any shape.
+        counts: a mask of the ids' shape.
+        vocabulary: ids are below this number, where it is known.
+    """
     wrong = counts & (ids < 0)
     if bool(wrong.any()):
         raise InputError(f"batch: {key!r} holds {int(ids[wrong][0])} where a token is; expected ids from 0")
-
-
-def check_finite(key: str, value: Tensor, counts: Tensor) -> None:
-    """Refuse NaN and infinities where `counts`, a mask of the value's shape, is true."""
-    wrong = counts & ~torch.isfinite(value)
+    wrong = counts & (ids >= vocabulary) if vocabulary is not None else wrong
     if bool(wrong.any()):
-        raise InputError(f"batch: {key!r} holds {float(value[wrong][0])} where a token is; expected finite numbers")
+        raise InputError(
+            f"batch: {key!r} holds {int(ids[wrong][0])} where a token is; expected ids below {vocabulary}, the size of "
+            "the vocabulary"
+        )
+
+
+def check_finite(key: str, value: Tensor, counts: Tensor | None = None) -> None:
+    """Refuse NaN and infinities, with `counts`, a mask of the value's shape, only where it is true."""
+    wrong = ~torch.isfinite(value) if counts is None else counts & ~torch.isfinite(value)
+    if bool(wrong.any()):
+        where = "" if counts is None else " where a token is"
+        raise InputError(f"batch: {key!r} holds {float(value[wrong][0])}{where}; expected finite numbers")
 
 
 def _axes(*layouts: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.types.batches import CompletionBatch, PreferenceBatch
-from lit_rlhf.types.dict_fields import Fields, check_finite, check_ids
-from lit_rlhf.types.preference_dicts import preference_batch_from_dict
+from lit_rlhf.types.dict_fields import Fields, check_finite, check_ids, check_keys, given_keys
+from lit_rlhf.types.preference_dicts import OPTIONAL, REQUIRED, preference_batch_from_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ _GROUPS = (
     ("prompt_ids", "response_ids", "rewards", "response_masks"),
     ("prompt_masks", "old_log_probs", "behavior_log_probs", "greedy_rewards"),
 )
-_PAIRS = (tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "attention_mask")), ())
+_PAIRS = (REQUIRED, OPTIONAL)
 
 
 def from_dict(batch: Mapping[str, Any], pad_token_id: int = 0) -> GivenCompletions | PreferenceBatch:
@@ -59,8 +58,8 @@ def from_dict(batch: Mapping[str, Any], pad_token_id: int = 0) -> GivenCompletio
     - optionally `prompt_masks` `[B, P]`, without which `pad_token_id` at either end of a prompt is padding;
       `old_log_probs` `[B, G, R]`; `behavior_log_probs` `[B, G, R]` or `[B, G]`; `greedy_rewards` `[B]`, for ReMax.
 
-    Pairs: `chosen_input_ids`, `chosen_attention_mask`, `rejected_input_ids`, `rejected_attention_mask`, see
-    `preference_batch_from_dict`.
+    Pairs: `chosen_input_ids`, `chosen_attention_mask`, `rejected_input_ids`, `rejected_attention_mask`, and
+    `margin` where the pairs have one, see `preference_batch_from_dict`.
 
     Returns:
         Completions in our layout: prompts left-padded, responses right-padded; of rows the prompt is the first token.
@@ -69,7 +68,7 @@ def from_dict(batch: Mapping[str, Any], pad_token_id: int = 0) -> GivenCompletio
         InputError: a key is unknown or missing, or its value is of the wrong type or shape; the sentence names the
             key, what was given and what is expected.
     """
-    given = _given(batch)
+    given = given_keys(batch)
     formats = (_ROWS, _GROUPS, _PAIRS)
     own = [len({*required, *optional} & given.keys()) for required, optional in formats]
     if own.count(max(own)) > 1:
@@ -78,29 +77,9 @@ def from_dict(batch: Mapping[str, Any], pad_token_id: int = 0) -> GivenCompletio
     chosen = formats[own.index(max(own))]
     if chosen is _PAIRS:
         return preference_batch_from_dict(given, pad_token_id)
-    _check_keys(given, *chosen)
+    check_keys(given, *chosen)
     read = Fields(given)
     return _from_rows(read, pad_token_id) if chosen is _ROWS else _from_groups(read, pad_token_id)
-
-
-def _given(batch: object) -> dict[str, Any]:
-    if not isinstance(batch, Mapping):
-        raise InputError(f"batch: it is a {type(batch).__name__}; expected a dictionary of tensors")
-    return {str(key): value for key, value in batch.items() if value is not None}
-
-
-def _check_keys(given: Mapping[str, Any], required: tuple[str, ...], optional: tuple[str, ...]) -> None:
-    known = [*required, *optional]
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
-            raise InputError(f"batch: unknown key {key!r}; {hint}")
-    for key in required:
-        if key not in given:
-            raise InputError(
-                f"batch: {key!r} is missing, given are {', '.join(given)}; expected {', '.join(required)} at least"
-            )
 
 
 def _from_rows(read: Fields, pad_token_id: int) -> GivenCompletions:
@@ -193,7 +172,7 @@ def _numbers(
             value = torch.where(mask, value, torch.zeros_like(value))
         else:
             value = value.flatten()
-            check_finite(key, value, torch.ones_like(mask[:, 0]))
+            check_finite(key, value)
             if key == "advantages":
                 value = torch.where(mask, value.unsqueeze(1), torch.zeros_like(value).unsqueeze(1))
         found[name] = value

@@ -15,7 +15,7 @@ from lit_rlhf.data.tasks import character_tokenizer
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.scoring import Values
 from tests.helpers import EOS, KINDS, PAD, build, gradients, tiny_model, trainer
-from tests.pairs import random_pairs, sequences
+from tests.pairs import pair_rows, random_pairs, sequences
 
 
 def judge(kind="llama", **arguments):
@@ -86,6 +86,15 @@ def test_a_rows_own_margin_goes_before_the_modules():
     own = replace(batch, margin=torch.tensor([0.0, float("nan")]))
     assert module.compare(own).losses["reward_loss"].tolist() == pytest.approx([0.1269280, 0.3132617], abs=1e-6)
     assert module.compare(batch).losses["reward_loss"].tolist() == pytest.approx([0.3132617] * 2, abs=1e-6)
+
+
+def test_a_rows_margin_is_finite_or_none():
+    module, rows = judge(margin=1.0), pair_rows(3)
+    batch = module.collate([{**row, "margin": m} for row, m in zip(rows, [0.5, None, float("nan")], strict=True)])
+    assert module.margins(batch).tolist() == [0.5, 1.0, 1.0]
+    for margin in (math.inf, -math.inf):
+        with pytest.raises(InputError, match=f"^a row's 'margin' is {margin}; expected a finite number, or none$"):
+            module.collate([{**rows[0], "margin": margin}, rows[1]])
 
 
 @torch.no_grad()
