@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +17,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """Every rank's object, by rank. Every rank has to call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [own]
+    objects: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, own)
+    return objects
 
 
 def mean_over_ranks(x: Tensor, mask: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def parameters_of(function):
 
 PARTS = {
     KLPenalty: (KLArgs, {"kl_coef", "kl_in"}),
-    Critic: (CriticArgs, set()),
+    Critic: (CriticArgs, {"clip_ratio"}),
     ImportanceCorrection: (ImportanceArgs, {"importance_correction"}),
 }
 

@@ -1,6 +1,8 @@
 """The architecture: imports go downwards only, importing the package is cheap, no algorithm is another's parent."""
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +135,11 @@ def test_no_algorithm_inherits_from_another():
         assert not set(ancestors) & set(found), f"{algorithm.__name__} has an algorithm above it"
         ours = [base for base in ancestors if base.__module__.startswith("lit_rlhf.")]
         assert 1 <= len(ours) <= 2, "at most three levels: the base, the family, the algorithm"
+
+
+def test_an_algorithm_is_read_in_a_minute():
+    """One file of at most 120 lines, in which no variant is chosen by comparing names."""
+    for algorithm in algorithms():
+        source = inspect.getsource(inspect.getmodule(algorithm))
+        assert len(source.splitlines()) <= 120, algorithm.__name__
+        assert not re.search(r"if (self\.)?(loss_type|policy_loss|kind|loss_agg) ==", source), algorithm.__name__

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import Cells, MaskedStats
 from lit_rlhf.models.loading import max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
+from lit_rlhf.ranks import gather_objects
 from lit_rlhf.rewards import RewardFunctions, reward_functions
 from lit_rlhf.rollouts.engines import RolloutEngine
 from lit_rlhf.rollouts.loader import PromptLoader, step_counts
@@ -114,6 +114,7 @@ class RLHFModule(LightningModule):
         self.loop = LoopState()
         self.validated_at = -1  # global step
         self.stats = MaskedStats(self.stats_spec)
+        self._before_step: dict[str, Any] | None = None  # the metrics at the beginning of the optimiser step
         self.validation_stats = MaskedStats({f"val/{n}": ("value",) for n in _VALIDATION_NAMES})
 
     # -- sampling ------------------------------------------------------------------------------------------------
@@ -193,8 +194,13 @@ class RLHFModule(LightningModule):
             denominator=unit.clamp(min=1),  # a step without a single valid token has a loss of 0, not 0/0
         )
 
+    def start_step(self, batches: Sequence[Any]) -> None:
+        """Called by the loader with all micro-batches of an optimiser step on this rank, before any is trained on."""
+        self._before_step = self._counted()
+        self.begin_step(batches)
+
     def begin_step(self, batches: Sequence[Any]) -> None:
-        """Look at all micro-batches of an optimiser step on this rank, before the first of them is trained on."""
+        """Hook: what an algorithm has to know of a whole optimiser step."""
 
     def total_loss(self, terms: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
         """Sum the named terms, record them, and scale the sum for Lightning and DDP.
@@ -258,10 +264,16 @@ class RLHFModule(LightningModule):
 
         For training loops of your own: after `training_step(batch)` it holds `policy_loss`, `approx_kl` and so on.
         """
-        values = self.derived(self.stats.compute())
-        self.stats.reset()
+        values = self._reduced(self.stats)
         own_first = sorted(values, key=lambda name: not name.startswith("policy/"))  # ours win where names are the same
         return {name.split("/")[-1]: float(values[name]) for name in own_first}
+
+    def _reduced(self, stats: MaskedStats) -> dict[str, Tensor]:
+        """The values over all ranks; then `stats` starts anew."""
+        stats.align(list(dict.fromkeys(name for names in gather_objects(list(stats.wanted)) for name in names)))
+        values = self.derived(stats.compute())
+        stats.reset()
+        return values
 
     def derived(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add what follows from the counted statistics."""
@@ -273,8 +285,7 @@ class RLHFModule(LightningModule):
 
     def publish(self, stats: MaskedStats, extra: Mapping[str, float] | None = None) -> None:
         """Reduce `stats` over the ranks, hand the values to every logger and the progress bar, and start anew."""
-        values = {name: float(value) for name, value in self.derived(stats.compute()).items()} | dict(extra or {})
-        stats.reset()
+        values = {name: float(value) for name, value in self._reduced(stats).items()} | dict(extra or {})
         for logger in self.loggers:
             logger.log_metrics(values, step=self.global_step)
         monitored = {name: value for name, value in values.items() if name in self.progress_keys or name[:4] == "val/"}
@@ -329,13 +340,19 @@ class RLHFModule(LightningModule):
         return {"seed": self.seed, "trainer.accumulate_grad_batches": self.accumulate}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save every rank's loop state and half-summed metrics; called on all ranks."""
-        own = {"loop": self.loop.to_plain(), "stats": dict(self.stats.metric_state), "counted": list(self.stats.wanted)}
-        ranks: list[Any] = [own]
-        if dist.is_available() and dist.is_initialized():
-            ranks = [None] * self.world_size
-            dist.all_gather_object(ranks, own)
+        """Save every rank's loop state and metrics; called on all ranks.
+
+        Within an optimiser step the metrics are those of its beginning, which is where a resumed run begins again.
+        """
+        within = self.loop.position % self.accumulate
+        counted = self._before_step if within and self._before_step is not None else self._counted()
+        own = {"loop": self.loop.to_plain(), **counted}
+        ranks = gather_objects(own)
         checkpoint["lit_rlhf"] = {"algorithm": type(self).__name__, "shape": self.run_shape, "ranks": ranks}
+
+    def _counted(self) -> dict[str, Any]:
+        states = {"sums": self.stats.sums.clone(), "highs": self.stats.highs.clone()}
+        return {"stats": states, "counted": list(self.stats.wanted)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore this rank's loop state and metrics.

@@ -2,10 +2,9 @@
 
     L = L_pg + c_v L_v - c_e H + c max(0, K - kappa)^2,        K = mean_t KL( pi_theta(. | o_<t) || pi_ref(. | o_<t) )
 
-K is the mean over all tokens of the optimiser step, summed over the vocabulary or estimated by k2. The penalty is no
-sum over micro-batches and ranks: each contributes 2c max(0, K - kappa) k_t / M, its exact gradient, with K taken before
-the step. The document's k1 has an expected gradient of zero. L_pg, L_v and A_t are PPO's. `adaptive=True` doubles c
-where K > 1.5 kappa and halves it where K < kappa / 1.5, once per step.
+K is over all tokens of the optimiser step, summed over the vocabulary or estimated by k2. The penalty is no sum over
+micro-batches and ranks: each adds 2c max(0, K - kappa) k_t / M, its exact gradient, with K taken before the step. The
+document's k1 has none in expectation. `adaptive` doubles c where K > 1.5 kappa and halves it where K < kappa / 1.5.
 """
 
 from __future__ import annotations
@@ -21,12 +20,9 @@ from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 from lit_rlhf.errors import check_choice, check_number
 from lit_rlhf.functional import doubling_coef, kl_estimate
-from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.models.scoring import Scores
-from lit_rlhf.ranks import sum_over_ranks
+from lit_rlhf.ranks import mean_over_ranks
 from lit_rlhf.types import Experience
-
-_OWN_STATS = ("kl_violation", "max_kl_threshold", "conservative_coef")
 
 
 class ConservativePPO(OnPolicyModule):
@@ -37,8 +33,7 @@ class ConservativePPO(OnPolicyModule):
         max_kl_divergence: kappa, nats per token.
         adaptive: move c, within `conservative_coef_range`.
         penalty_kl: `"full"`, over the vocabulary, or `"k2"`, from the sampled tokens.
-        gamma, gae_lambda, clip_ratio_low, clip_ratio_high, loss_agg: as in `PPO`.
-        kl_coef: beta of a further KL term in the reward.
+        kl_coef: beta of a further KL term in the reward. The other arguments are as in `PPO`.
         **on_policy: the arguments of `OnPolicyModule`.
     """
 
@@ -52,7 +47,8 @@ class ConservativePPO(OnPolicyModule):
     hyper_parameters = ("gamma", "gae_lambda", "clip_ratio_low", "clip_ratio_high")
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **OnPolicyModule.stats_spec,
-        **dict.fromkeys(("loss/kl_penalty", *(f"stability/{name}" for name in _OWN_STATS)), ("value",)),
+        **{f"stability/{name}": ("value",) for name in ("kl_violation", "max_kl_threshold", "conservative_coef")},
+        "loss/kl_penalty": ("value",),
     }
 
     def __init__(
@@ -74,20 +70,21 @@ class ConservativePPO(OnPolicyModule):
         check_choice("algo.penalty_kl", penalty_kl, ("full", "k2"))
         check_number("algo.conservative_coef", conservative_coef, at_least=0)
         check_number("algo.max_kl_divergence", max_kl_divergence, above=0)
+        check_number("algo.conservative_coef_range[1]", conservative_coef_range[1], at_least=conservative_coef_range[0])
         self.conservative_coef, self.max_kl_divergence, self.adaptive = conservative_coef, max_kl_divergence, adaptive
-        self.conservative_coef_range, self.penalty_kl = conservative_coef_range, penalty_kl
+        self.conservative_coef_range, self.needs_exact_kl = conservative_coef_range, penalty_kl == "full"
         self.gamma, self.gae_lambda = gamma, gae_lambda
         self.clip_ratio_low, self.clip_ratio_high = clip_ratio_low, clip_ratio_high
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
-        self._step_kl: Tensor | None = None  # K of the optimiser step, where several micro-batches make one
+        self._step_kl: Tensor | None = None  # K, where several micro-batches make the optimiser step
 
     @property
-    def exact_kl(self) -> bool:
-        """See `OnPolicyModule.exact_kl`."""
-        return self.penalty_kl == "full" or super().exact_kl
+    def current_coef(self) -> float:
+        """The penalty's coefficient now."""
+        return self.loop.numbers.get("conservative_coef", self.conservative_coef)
 
     def _kl(self, scores: Scores, batch: Experience) -> Tensor:
-        if self.penalty_kl == "full" and scores.kl is not None:
+        if self.needs_exact_kl and scores.kl is not None:
             return scores.kl
         assert batch.ref_logprobs is not None
         return kl_estimate(scores.logprobs, batch.ref_logprobs, "k2")
@@ -98,27 +95,26 @@ class ConservativePPO(OnPolicyModule):
         self._step_kl = None
         if len(batches) > 1 and "stopped" not in self.loop.numbers:
             with self._precision():
-                kl = [zero_outside(self._kl(self.score(batch), batch), batch.response_mask).sum() for batch in batches]
-            tokens = torch.stack([batch.response_mask.sum() for batch in batches]).sum()
-            total = sum_over_ranks(torch.stack([torch.stack(kl).sum(), tokens.to(kl[0])]))
-            self._step_kl = total[0] / total[1].clamp(min=1)
+                kl = torch.cat([self._kl(self.score(batch), batch)[batch.response_mask] for batch in batches])
+            self._step_kl = mean_over_ranks(kl, torch.ones_like(kl, dtype=torch.bool))
 
     def compute_loss(self, scores: Scores, batch: Experience) -> dict[str, Tensor]:
         """PPO's terms and the penalty: its value, and its gradient through this micro-batch's share of K."""
-        share = self.aggregate(self._kl(scores, batch), batch)
-        K = sum_over_ranks(share) * self.accumulate if self._step_kl is None else self._step_kl
-        kappa, c = self.max_kl_divergence, self.loop.numbers.setdefault("conservative_coef", self.conservative_coef)
-        excess = (K - kappa).clamp(min=0)
+        kl, K = self._kl(scores, batch), self._step_kl
+        if K is None or batch.step_tokens is None:
+            K = mean_over_ranks(kl.detach(), batch.response_mask)
+        kappa, c = self.max_kl_divergence, self.current_coef
+        share = self.aggregate(kl, batch)
+        excess = (K - kappa).clamp(min=0).to(kl)
         penalty = c * excess.square() / self.loss_scale + 2 * c * excess * (share - share.detach())
         self._last_kl = float(K)
-        for name, value in zip(_OWN_STATS, (float(excess > 0), kappa, c), strict=True):
-            self.count({f"stability/{name}": (value, None)})
+        own = {"kl_violation": float(excess > 0), "max_kl_threshold": kappa, "conservative_coef": c}
+        self.count({f"stability/{name}": (value, None) for name, value in own.items()})
         return {**super().compute_loss(scores, batch), "kl_penalty": penalty}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Adapt c, once per step that is taken."""
         super().on_before_optimizer_step(optimizer)
         if self.adaptive and "stopped" not in self.loop.numbers:
-            c, kappa = self.loop.numbers["conservative_coef"], self.max_kl_divergence
-            c = doubling_coef(c, self._last_kl, kappa, *self.conservative_coef_range)
-            self.loop.numbers["conservative_coef"] = c
+            found = (self.current_coef, self._last_kl, self.max_kl_divergence)
+            self.loop.numbers["conservative_coef"] = doubling_coef(*found, *self.conservative_coef_range)

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from lit_rlhf.errors import check_number
+from lit_rlhf.errors import check_choice, check_number
 from lit_rlhf.functional import clipped_value_loss
 from lit_rlhf.metrics import Cells
 from lit_rlhf.models.scoring import Scores
@@ -17,7 +17,7 @@ class CriticArgs(TypedDict, total=False):
     """The keyword arguments of `Critic`."""
 
     value_coef: float
-    value_clip: float | None
+    value_clip: float | str | None
     value_lr: float | None
     bootstrap_truncated: bool
 
@@ -26,23 +26,30 @@ class Critic:
     """The arguments `value_*` of the on-policy algorithms; without effect where `value="none"`.
 
     Args:
+        clip_ratio: the algorithm's.
         value_coef: c_v, weight of the value loss. With a separate model AdamW makes it nearly irrelevant.
-        value_clip: eps_v, how far from the rollout's value the new one counts; None for no clip.
+        value_clip: eps_v, how far from the rollout's value the new one counts; by default as far as the algorithm's
+            `clip_ratio_high`; None for no clip.
         value_lr: learning rate of the value function's own parameters; by default the policy's.
         bootstrap_truncated: a completion that was cut off goes on to earn its last value, instead of ending there.
     """
 
     def __init__(
         self,
+        clip_ratio: float,
         value_coef: float = 0.5,
-        value_clip: float | None = 0.2,
+        value_clip: float | str | None = "clip_ratio",
         value_lr: float | None = None,
         bootstrap_truncated: bool = False,
     ) -> None:
         check_number("algo.value_coef", value_coef, at_least=0)
-        check_number("algo.value_clip", 1.0 if value_clip is None else value_clip, above=0)
+        if isinstance(value_clip, str):
+            check_choice("algo.value_clip", value_clip, ("clip_ratio",))
+        else:
+            check_number("algo.value_clip", 1.0 if value_clip is None else value_clip, above=0)
         check_number("algo.value_lr", 1.0 if value_lr is None else value_lr, above=0)
-        self.coef, self.clip, self.lr, self.bootstraps = value_coef, value_clip, value_lr, bootstrap_truncated
+        self.clip: float | None = clip_ratio if isinstance(value_clip, str) else value_clip
+        self.coef, self.lr, self.bootstraps = value_coef, value_lr, bootstrap_truncated
 
     def stats(self, scores: Scores, batch: Experience) -> Cells:
         """Tokens whose value has left the clip range about the rollout's."""

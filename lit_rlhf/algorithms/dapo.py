@@ -65,8 +65,6 @@ class DAPO(OnPolicyModule):
         self.clip_ratio_low, self.clip_ratio_high = clip_ratio_low, clip_ratio_high
         self.dynamic_sampling, self.max_rounds, self.overlong_buffer = dynamic_sampling, max_rounds, overlong_buffer
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
-        check_number("algo.clip_ratio_low", clip_ratio_low, at_least=0)
-        check_number("algo.clip_ratio_high", clip_ratio_high, at_least=0)
         check_number("algo.max_rounds", max_rounds, at_least=1)
         if not 0 <= overlong_buffer < self.sampling.max_new_tokens:
             raise InputError(

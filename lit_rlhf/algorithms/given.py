@@ -34,10 +34,10 @@ def read_completions(module: OnPolicyModule, batch: Mapping[str, Any]) -> GivenC
             f"batch: {name} compares the samples of one prompt with each other and there is one per prompt; expected "
             "'prompt_ids' [B, P] and 'response_ids' [B, G, R] with G of 2 at least, or 'advantages'"
         )
-    if given.old_logprobs is None and given.behavior_logprobs is not None and module.importance.level == "auto":
+    if given.behavior_logprobs is not None and module.importance.level == "auto":
         raise InputError(
             f"batch: {name} corrects by 'behavior_log_probs' with algo.importance_correction=token or sequence only; "
-            "expected that, or 'old_log_probs'"
+            "expected that, or 'old_log_probs' alone"
         )
     size = vocabulary_size(module.models.policy)
     highest = int(torch.cat([given.prompt_ids, given.response_ids], 1).max())

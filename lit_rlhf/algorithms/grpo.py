@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
-from lit_rlhf.errors import check_choice, check_number
+from lit_rlhf.errors import check_choice
 
 
 class GRPO(OnPolicyModule):
@@ -49,5 +49,3 @@ class GRPO(OnPolicyModule):
         self.clip_ratio_low, self.clip_ratio_high, self.scale_rewards = clip_ratio_low, clip_ratio_high, scale_rewards
         check_choice("algo.scale_rewards", scale_rewards, ("std", "none", "batch"))
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
-        check_number("algo.clip_ratio_low", clip_ratio_low, at_least=0)
-        check_number("algo.clip_ratio_high", clip_ratio_high, at_least=0)

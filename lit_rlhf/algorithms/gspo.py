@@ -14,7 +14,6 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
-from lit_rlhf.errors import check_number
 
 
 class GSPO(OnPolicyModule):
@@ -44,5 +43,3 @@ class GSPO(OnPolicyModule):
     ) -> None:
         self.clip_ratio_low, self.clip_ratio_high = clip_ratio_low, clip_ratio_high
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
-        check_number("algo.clip_ratio_low", clip_ratio_low, at_least=0)
-        check_number("algo.clip_ratio_high", clip_ratio_high, at_least=0)

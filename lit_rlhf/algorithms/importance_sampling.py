@@ -10,6 +10,8 @@ biased and steady, per sequence (`importance_correction="sequence"`) exact befor
 
 from __future__ import annotations
 
+from typing import Any
+
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
@@ -30,7 +32,8 @@ class ImportanceSampling(OnPolicyModule):
         min_staleness: draw only groups sampled at least so many rollouts ago, as soon as there are any.
         kl_coef: beta, weight of a KL term, weighed like the samples; Signal's preset has 0.1.
         loss_agg: the average over all tokens of the step is `"token-mean"`.
-        **on_policy: the arguments of `OnPolicyModule`; `staleness_decay` is 1 unless given.
+        **on_policy: the arguments of `OnPolicyModule`; `staleness_decay` is 1 unless given, and `importance_clip_min`
+            or `_max` replaces a side of `clip_ratio`.
     """
 
     advantage_estimator = "batch_mean"
@@ -59,6 +62,11 @@ class ImportanceSampling(OnPolicyModule):
         }
         on_policy = {**usual, **on_policy}
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
+
+    @property
+    def run_shape(self) -> dict[str, Any]:
+        """See `RLHFModule.run_shape`."""
+        return {**super().run_shape, "algo.buffer_size": self.buffer_size}
 
     def gather(self, prompts: PromptBatch) -> ScoredRollout:
         """Put new samples into the buffer and draw as many from it."""

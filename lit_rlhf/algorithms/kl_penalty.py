@@ -83,14 +83,23 @@ class KLPenalty:
         per_token = terminal_rewards(rewards, rollout.response_mask) if rewards.ndim == 1 else rewards
         return per_token - coef * kl
 
-    def per_token(self, scores: Scores, batch: Experience, weights: Tensor | None) -> Tensor:
-        """The loss's KL `[N, T]`, with gradient; estimates from stale samples are weighted as the samples are."""
-        if scores.kl is not None:
+    def per_token(self, scores: Scores, batch: Experience, weights: Tensor | None, origin: Tensor) -> Tensor:
+        """The loss's KL `[N, T]`, with gradient.
+
+        Args:
+            scores: of the policy now.
+            batch: rows with `ref_logprobs`.
+            weights: `[N, T]` importance weights of the samples, which weigh their estimates too.
+            origin: `[N, T]` log-probs of the policy that the weighted samples stand for, from which an unbiased
+                estimate goes on to the policy now.
+        """
+        if self.exact:
+            assert scores.kl is not None
             return scores.kl
         assert batch.ref_logprobs is not None
         kl = kl_estimate(scores.logprobs, batch.ref_logprobs, self.loss_estimator)
         if self.unbiased:
-            kl = policy_ratio(scores.logprobs, batch.old_logprobs) * kl
+            kl = policy_ratio(scores.logprobs, origin) * kl
         return kl if weights is None else weights * kl
 
     def next_coef(self, coef: float, rollout: ScoredRollout) -> float:

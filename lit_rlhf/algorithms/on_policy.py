@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,7 +18,14 @@ from lit_rlhf.algorithms.given import read_completions, score_given, with_given
 from lit_rlhf.algorithms.kl_penalty import KLArgs, KLPenalty, Place
 from lit_rlhf.algorithms.on_policy_args import OnPolicyArgs as OnPolicyArgs
 from lit_rlhf.algorithms.on_policy_args import TemplateArgs
-from lit_rlhf.algorithms.on_policy_checks import check_arguments, check_loop
+from lit_rlhf.algorithms.on_policy_checks import (
+    check_arguments,
+    check_loop,
+    checked_loss,
+    per_token,
+    warn_of_idle,
+    warn_of_scalar,
+)
 from lit_rlhf.algorithms.on_policy_stats import (
     ON_POLICY_STATS,
     explained,
@@ -48,19 +54,20 @@ _PROPORTIONAL_LOSSES = (
     "sequence_clip",
     "reinforce",
 )  # 0 where the advantage is 0
-_PARTS = (KLArgs.__annotations__, CriticArgs.__annotations__, ImportanceArgs.__annotations__)
-_SCALAR_LOSS = (
-    "the policy loss returns a scalar, which is used as it is: with micro-batches or ranks of unequal lengths their "
-    "tokens weigh differently; return [N, T] and algo.loss_agg averages them exactly"
+_OF_THE_PAPER = (
+    *("minibatches", "update_epochs", "advantage_estimator", "policy_loss", "kl_in", "whiten_advantages", "value"),
+    "importance_correction",
 )
+_PARTS = (KLArgs.__annotations__, CriticArgs.__annotations__, ImportanceArgs.__annotations__)
 
 
 class OnPolicyModule(RLHFModule):
     """Template of the on-policy algorithms. One fit epoch is one rollout.
 
-    A subclass states as class attributes what its paper says (`advantage_estimator`, `policy_loss`, `kl_in`, ...;
-    arguments of the same name replace them) and overrides the hooks it changes: `shape_rewards`,
-    `compute_advantages`, `compute_loss`.
+    A subclass states as class attributes what its paper says: `advantage_estimator`, `policy_loss`, `kl_in`, `value`,
+    `whiten_advantages`, `importance_correction`, `minibatches`, `update_epochs`. Arguments of the same name replace
+    them; what else is an argument takes its default from a constructor. It overrides the hooks it changes:
+    `shape_rewards`, `compute_advantages`, `compute_loss`.
 
     Args:
         lr: AdamW's peak learning rate; by default `recommended_lr` of the policy's size.
@@ -99,6 +106,7 @@ class OnPolicyModule(RLHFModule):
     minibatches: int = 1
     update_epochs: int = 1
     needs_reference: ClassVar[bool] = False  # also without a KL coefficient
+    needs_exact_kl: bool = False  # for a term of the algorithm's own
     hyper_parameters: ClassVar[tuple[str, ...]] = ()  # the subclass's own, offered by name to estimator and loss
     progress_keys = ("reward/reward_mean", "reward/accuracy", "stability/entropy")
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = ON_POLICY_STATS
@@ -132,23 +140,15 @@ class OnPolicyModule(RLHFModule):
         kind = type(self).value if value is None else value
         check_choice("algo.value", kind, ("none", "shared", "separate"))
         super().__init__(**given, lr=lr, reference=kl_coef != 0 or self.needs_reference, value=kind)
-        of_the_paper = {
-            "minibatches": minibatches,
-            "update_epochs": update_epochs,
-            "advantage_estimator": advantage_estimator,
-            "policy_loss": policy_loss,
-            "kl_in": kl_in,
-            "whiten_advantages": whiten_advantages,
-            "value": value,
-            "importance_correction": importance_correction,
-        }
-        for name, choice in of_the_paper.items():
+        chosen = (minibatches, update_epochs, advantage_estimator, policy_loss, kl_in, whiten_advantages, value)
+        for name, choice in zip(_OF_THE_PAPER, (*chosen, importance_correction), strict=True):
             setattr(self, name, getattr(type(self), name) if choice is None else choice)
         self._estimate = get_adv_estimator(self.advantage_estimator)
         self._policy_loss = get_policy_loss(self.policy_loss)
         self.group_size, self.prompts_per_rollout, self.loss_agg = group_size, prompts_per_rollout, loss_agg
         self.kl_coef, self.kl = kl_coef, KLPenalty(kl_coef, self.kl_in, **kl)
-        self.critic, self.target_kl = Critic(**critic), TargetKL(target_kl)
+        self.critic = Critic(getattr(self, "clip_ratio_high", 0.2), **critic)
+        self.target_kl = TargetKL(target_kl)
         self.importance = ImportanceCorrection(self.importance_correction, **importance)
         self.value_lr = self.critic.lr
         self.entropy_coef, self.entropy = entropy_coef, entropy
@@ -156,8 +156,19 @@ class OnPolicyModule(RLHFModule):
         self.skip_zero_advantage = skip_zero_advantage and self._proportional_to_advantages
         self.sampling = replace(self.sampling, group_size=group_size)
         check_arguments(self)
+        warn_of_idle(self, {**parts, "kl_in": kl_in})
         self.prompts: PromptStream | None = None
         self.clock = {"rollout": 0.0, "update": 0.0, "tokens": 0.0}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse class attributes that would be ignored."""
+        super().__init_subclass__(**kwargs)
+        arguments = {*get_type_hints(OnPolicyArgs), "kl_coef", "loss_agg"} - set(_OF_THE_PAPER)
+        for name in sorted(arguments & vars(cls).keys()):
+            raise TypeError(
+                f"{cls.__name__}.{name} would have no effect as a class attribute; pass it to the constructor, or give "
+                f"{cls.__name__} an __init__ with that default"
+            )
 
     @property
     def _proportional_to_advantages(self) -> bool:
@@ -194,7 +205,7 @@ class OnPolicyModule(RLHFModule):
     def sample_recorded(self, prompts: PromptBatch) -> ScoredRollout:
         """`sample`, counted in the rollout's metrics."""
         sampled = self.sample(prompts)
-        self.count(sample_stats(sampled, self.accuracy(sampled)))
+        self.count(sample_stats(sampled, self.accuracy(sampled), self.group_size))
         self.clock["tokens"] += float(sampled.lengths.sum())
         return sampled
 
@@ -212,20 +223,26 @@ class OnPolicyModule(RLHFModule):
         return start_of_update(self.models, rollout, self.sampling.temperature, again, self.critic.bootstraps)
 
     def experience(self, rollout: ScoredRollout) -> Experience:
-        """Shape the rewards, estimate the advantages, count both; then adapt the KL coefficient."""
+        """Shape the rewards, estimate the advantages, count both; then adapt the KL coefficient.
+
+        Whitened advantages have mean 0 and variance 1 over the tokens that are trained on; a completion that could not
+        be scored is not among them, and its advantage is 0.
+        """
+        coef = self.current_kl_coef
         rollout = replace(rollout, rewards=self.shape_rewards(rollout))
-        advantages, returns = self.compute_advantages(rollout)
-        if self.whiten_advantages:
-            advantages = whiten_over_ranks(advantages, rollout.response_mask)
+        advantages, returns = (per_token(x, rollout) for x in self.compute_advantages(rollout))
+        assert advantages is not None
         mask = rollout.response_mask & ~(rollout.truncated.unsqueeze(1) & self.mask_truncated)
+        if self.whiten_advantages:
+            advantages = whiten_over_ranks(advantages, mask & ~rollout.raw_rewards.isnan().unsqueeze(1))
         kept = {f.name: getattr(rollout, f.name) for f in fields(ScoredRollout)} | {"response_mask": mask}
         staleness = self.loop.iteration - rollout.version
         experience = Experience(**kept, advantages=advantages, returns=returns, staleness=staleness)
         self.count(rollout_stats(experience))
-        if self.kl_coef:
-            self.count({"stability/kl_coef": (self.current_kl_coef, None)})
         if self.kl.target is not None:
-            self.loop.numbers["kl_coef"] = self.kl.next_coef(self.current_kl_coef, rollout)
+            self.loop.numbers["kl_coef"] = self.kl.next_coef(coef, rollout)
+        if self.kl_coef:  # the loss takes it as it has just adapted, the reward as it was
+            self.count({"stability/kl_coef": (coef if self.kl.in_reward else self.current_kl_coef, None)})
         return experience
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -253,19 +270,17 @@ class OnPolicyModule(RLHFModule):
         return self.kl.shape(rewards, rollout, self.current_kl_coef) if self.kl.in_reward else rewards
 
     def compute_advantages(self, rollout: ScoredRollout) -> tuple[Tensor, Tensor | None]:
-        """Hook 2: advantages `[N, T]` and returns `[N, T]` or None. Calls `advantage_estimator`.
+        """Hook 2: advantages and returns, each `[N, T]`, or `[N]` for each of the row's tokens; returns may be None.
 
-        An estimator may return one number per row, `[N]`: it goes to each of the row's tokens.
+        Calls `advantage_estimator`.
         """
         offered = ("values", "bootstrap", "old_logprobs", "ref_logprobs", "group_ids", "baseline")
         named = {n: getattr(rollout, n) for n in offered}
-        advantages, returns = call_with_named(
+        found: tuple[Tensor, Tensor | None] = call_with_named(
             self._estimate, rollout.rewards, rollout.response_mask, **named, **self._named()
         )
-        if advantages.ndim == 1:
-            advantages = rollout.spread(advantages)
-        if returns is not None and returns.ndim == 1:
-            returns = rollout.spread(returns)
+        advantages, returns = (per_token(x, rollout) for x in found)
+        assert advantages is not None
         return advantages, returns
 
     def _named(self) -> dict[str, Any]:
@@ -316,13 +331,13 @@ class OnPolicyModule(RLHFModule):
         self.loop.numbers.pop("stopped", None)
         with self._precision():
             rollout = score_given(self, given)
-        self.count(sample_stats(rollout, None))
+        self.count(sample_stats(rollout, None, self.group_size))
         return with_given(self.experience(rollout), given)
 
     @property
     def exact_kl(self) -> bool:
         """Whether `compute_loss` wants `scores.kl`."""
-        return self.kl.exact
+        return self.kl.exact or self.needs_exact_kl
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the update's time, backward and optimiser included."""
@@ -342,7 +357,7 @@ class OnPolicyModule(RLHFModule):
 
     def compute_loss(self, scores: Scores, batch: Experience) -> dict[str, Tensor]:
         """Hook 3: the named terms of the loss, scalars. Calls `policy_loss`, adds KL, entropy and value terms."""
-        per_token, metrics = call_with_named(
+        found = call_with_named(
             self._policy_loss,
             batch.old_logprobs,
             scores.logprobs,
@@ -350,17 +365,19 @@ class OnPolicyModule(RLHFModule):
             batch.response_mask,
             **self._named(),
         )
-        weights, cells = self.importance(batch.old_logprobs if has_ratio(self._policy_loss) else scores.logprobs, batch)
+        loss, metrics = checked_loss(found, batch.response_mask)
+        start = batch.old_logprobs if has_ratio(self._policy_loss) else scores.logprobs.detach()
+        weights, cells = self.importance(start, batch)
         own = loss_stats(metrics, batch.response_mask, self.stats_spec)
         self.count({**cells, **own, **self.critic.stats(scores, batch)})
-        if per_token.ndim == 0:
-            warnings.warn(_SCALAR_LOSS, stacklevel=2)  # Python shows it once
-            terms = {"policy_loss": per_token / self.loss_scale}
+        if loss.ndim == 0:
+            warn_of_scalar(weights)
+            terms = {"policy_loss": loss / self.loss_scale}
         else:
-            per_token = per_token if weights is None else weights * per_token
-            terms = {"policy_loss": self.aggregate(per_token, batch, self.loss_agg)}
+            loss = loss if weights is None else weights * loss
+            terms = {"policy_loss": self.aggregate(loss, batch, self.loss_agg)}
         if self.kl.in_loss and (batch.ref_logprobs is not None or scores.kl is not None):
-            kl = self.kl.per_token(scores, batch, weights)
+            kl = self.kl.per_token(scores, batch, weights, self.importance.origin(start, batch))
             terms["kl_loss"] = self.current_kl_coef * self.aggregate(kl, batch, self.loss_agg)
         if self.entropy_coef and scores.entropy is not None:
             terms["entropy_loss"] = -self.entropy_coef * self.aggregate(scores.entropy, batch)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from torch import Tensor
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.errors import InputError, check_choice, check_number
+from lit_rlhf.registry import has_ratio
 from lit_rlhf.rollouts.sampler import NO_REWARDS
+from lit_rlhf.types import ScoredRollout
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.on_policy import OnPolicyModule
 
+_IMPORTANCE = "algo.importance_correction"
+_SCALAR_LOSS = (
+    "the policy loss returns a scalar, which is used as it is: with micro-batches or ranks of unequal lengths their "
+    "tokens weigh differently; return [N, T] and algo.loss_agg averages them exactly"
+)
 GROUP_ESTIMATORS = ("group_normalize", "rloo")  # meaningless with one sample per prompt
 
 
@@ -23,6 +33,7 @@ def check_arguments(module: OnPolicyModule) -> None:
     check_choice("algo.entropy", module.entropy, ("full", "none"))
     check_number("algo.entropy_coef", module.entropy_coef)
     check_choice("algo.loss_agg", module.loss_agg, get_args(LossAggregation))
+    _check_of_the_algorithm(module)
     if module.group_size == 1 and module.advantage_estimator in GROUP_ESTIMATORS:
         raise InputError(
             f"algo.group_size=1: {type(module).__name__} compares the samples of one prompt with each other "
@@ -39,6 +50,100 @@ def check_arguments(module: OnPolicyModule) -> None:
         )
     if module.sampling.temperature == 0:
         raise InputError("rollout.temperature=0 samples greedily and nothing can be learnt from it; use 1.0")
+
+
+def _check_of_the_algorithm(module: OnPolicyModule) -> None:
+    """Clip ratios and discounts, where the algorithm has them."""
+    for name in ("clip_ratio_low", "clip_ratio_high"):
+        check_number(f"algo.{name}", getattr(module, name, 0.0), at_least=0)
+    gamma, gae_lambda = getattr(module, "gamma", 1.0), getattr(module, "gae_lambda", 1.0)
+    if not (0 <= gamma <= 1 and 0 <= gae_lambda <= 1):
+        raise InputError(f"algo.gamma={gamma} and algo.gae_lambda={gae_lambda} must be from 0 to 1")
+    if gamma < 1:  # decision D1
+        warnings.warn(f"algo.gamma={gamma} discounts the reward at the end per token; 1 is usual", stacklevel=4)
+
+
+def warn_of_idle(module: OnPolicyModule, given: Mapping[str, Any]) -> None:
+    """Warn, in a sentence each, of arguments that were given and have no effect beside the others."""
+    kl_args = ("kl_in", "kl_estimator", "kl_unbiased", "kl_horizon")
+    value_args = ("value_coef", "value_clip", "value_lr")
+    level = module.importance.level
+    idle = [
+        (kl_args, not module.kl_coef, "algo.kl_coef=0"),
+        (("kl_unbiased",), bool(module.kl_coef) and not module.kl.in_loss, "algo.kl_in=reward"),
+        (("kl_horizon",), bool(module.kl_coef) and module.kl.target is None, "no algo.kl_target"),
+        (value_args, module.value == "none", "algo.value=none"),
+        (("importance_clip_min", "importance_clip_max", "staleness_decay"), level == "none", f"{_IMPORTANCE}=none"),
+        (("bootstrap_truncated",), module.mask_truncated, "algo.mask_truncated=true"),
+    ]
+    for names, without_effect, because in idle:
+        for name in (n for n in names if without_effect and given.get(n) not in (None, False)):
+            warnings.warn(f"algo.{name} has no effect with {because}; leave it out", stacklevel=4)
+    if not has_ratio(module._policy_loss) and level == "auto" and module.update_epochs > 1:
+        warnings.warn(
+            f"algo.policy_loss={module.policy_loss} has no ratio: passes after the first train on samples of another "
+            "policy; write algo.update_epochs=1, algo.importance_correction=token or a loss with a ratio",
+            stacklevel=4,
+        )
+    _warn_of_clip_range(module)
+
+
+def _warn_of_clip_range(module: OnPolicyModule) -> None:
+    """A sequence's mean log-ratio moves two orders of magnitude less than a token's."""
+    epsilon, by_sequence = getattr(module, "clip_ratio_high", None), module.policy_loss in ("gspo", "gspo_token")
+    if epsilon is None or not (by_sequence or module.policy_loss == "clip"):
+        return
+    if (by_sequence and epsilon > 0.05) or (not by_sequence and epsilon < 0.005):
+        usual = "about 4e-4" if by_sequence else "about 0.2"
+        warnings.warn(
+            f"algo.clip_ratio_high={epsilon} is far from what algo.policy_loss={module.policy_loss} clips at, {usual}; "
+            "give algo.clip_ratio_low and algo.clip_ratio_high",
+            stacklevel=5,
+        )
+
+
+def per_token(x: Any, rollout: ScoredRollout) -> Tensor | None:
+    """`[N, T]` from that, or from one number per row `[N]`; None stays None.
+
+    Raises:
+        InputError: it has another shape, or is no tensor.
+    """
+    if x is None:
+        return None
+    N, T = rollout.response_mask.shape
+    shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    if shape not in ((N,), (N, T)):
+        raise InputError(f"compute_advantages: expected tensors [N, T] or [N], here {(N, T)} or {(N,)}, got {shape}")
+    return rollout.spread(x) if x.ndim == 1 else x
+
+
+def checked_loss(found: Any, mask: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
+    """What a policy loss returned, if it is a loss, `[N, T]` or a scalar, and a mapping of metrics.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+        raise InputError("policy_loss must return (loss, metrics), the metrics a dictionary; (loss, {}) for none")
+    loss, metrics = found
+    if not isinstance(loss, Tensor) or loss.shape not in (mask.shape, ()):
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise InputError(f"policy_loss must return a loss [N, T], here {tuple(mask.shape)}, or a scalar; got {shape}")
+    return loss, metrics
+
+
+def warn_of_scalar(weights: Tensor | None) -> None:
+    """Say what a scalar loss cannot have.
+
+    Raises:
+        InputError: some rows are to be weighed.
+    """
+    if weights is not None and bool((weights != 1).any()):
+        raise InputError(
+            "policy_loss: a scalar cannot be weighed by the importance of stale rows; return [N, T], or write "
+            f"{_IMPORTANCE}=none"
+        )
+    warnings.warn(_SCALAR_LOSS, stacklevel=3)  # Python shows it once
 
 
 def check_loop(module: OnPolicyModule) -> None:

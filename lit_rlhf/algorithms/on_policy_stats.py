@@ -52,15 +52,16 @@ ON_POLICY_STATS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def sample_stats(sampled: ScoredRollout, accuracy: Tensor | None) -> Cells:
+def sample_stats(sampled: ScoredRollout, accuracy: Tensor | None, group_size: int) -> Cells:
     """Of all that was sampled, also what dynamic sampling then leaves out."""
     found = {
         "reward/reward": sampled.raw_rewards,
-        "reward/zero_std_fraction": (~informative(sampled)).float(),
-        "reward/singleton_fraction": alone(sampled).float(),
         "rollout/response_length": sampled.lengths.float(),
         "rollout/truncated_fraction": sampled.truncated.float(),
     }
+    if group_size > 1:
+        found["reward/zero_std_fraction"] = (~informative(sampled)).float()
+        found["reward/singleton_fraction"] = alone(sampled).float()
     if accuracy is not None:
         found["reward/accuracy"] = accuracy
     return {name: (value, ~value.isnan()) for name, value in found.items()}
@@ -78,9 +79,10 @@ def rollout_stats(batch: Experience) -> dict[str, tuple[Tensor | float, Tensor |
     if batch.staleness is not None:
         found["rollout/staleness"] = (batch.staleness.float(), counts)
     if batch.values is not None and batch.returns is not None:
+        scored = mask & ~batch.raw_rewards.isnan().unsqueeze(1)  # the others' return is their value
         error = zero_outside(batch.returns, mask) - zero_outside(batch.values, mask)
-        found |= {"stability/value": (batch.values, mask), "stability/return": (batch.returns, mask)}
-        found["stability/value_error"] = (error, mask)
+        found |= {"stability/value": (batch.values, scored), "stability/return": (batch.returns, scored)}
+        found["stability/value_error"] = (error, scored)
     return found
 
 

@@ -12,13 +12,11 @@ tokens would be worth 0.006 at their beginning. The dual clip (arXiv 1912.09729)
 
 from __future__ import annotations
 
-import warnings
-
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
-from lit_rlhf.errors import InputError, check_number
+from lit_rlhf.errors import check_number
 
 
 class PPO(OnPolicyModule):
@@ -59,10 +57,4 @@ class PPO(OnPolicyModule):
         self.gamma, self.gae_lambda, self.dual_clip = gamma, gae_lambda, dual_clip
         self.clip_ratio_low, self.clip_ratio_high = clip_ratio_low, clip_ratio_high
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
-        check_number("algo.clip_ratio_low", clip_ratio_low, at_least=0)
-        check_number("algo.clip_ratio_high", clip_ratio_high, at_least=0)
         check_number("algo.dual_clip", 2.0 if dual_clip is None else dual_clip, above=1)
-        if not (0 <= gamma <= 1 and 0 <= gae_lambda <= 1):
-            raise InputError(f"algo.gamma={gamma} and algo.gae_lambda={gae_lambda} must be from 0 to 1")
-        if gamma < 1:
-            warnings.warn(f"algo.gamma={gamma} discounts the reward at the end per token; 1 is usual", stacklevel=2)

@@ -11,14 +11,13 @@ over tokens; the constant 1/max_new_tokens only sets its scale.
 from __future__ import annotations
 
 import math
-import warnings
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
-from lit_rlhf.errors import InputError, check_number
+from lit_rlhf.errors import InputError
 from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.ranks import mean_over_ranks, sum_over_ranks
 from lit_rlhf.types import ScoredRollout
@@ -53,9 +52,6 @@ class REINFORCE(OnPolicyModule):
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
         if not 0 <= baseline_decay <= 1:
             raise InputError(f"algo.baseline_decay must be from 0 to 1, got {baseline_decay}")
-        check_number("algo.gamma", gamma, at_least=0)
-        if gamma < 1:
-            warnings.warn(f"algo.gamma={gamma} discounts the reward at the end per token; 1 is usual", stacklevel=2)
 
     @property
     def baseline(self) -> float:

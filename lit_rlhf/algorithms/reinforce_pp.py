@@ -14,7 +14,6 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import LossAggregation
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
-from lit_rlhf.errors import check_number
 
 
 class REINFORCEPlusPlus(OnPolicyModule):
@@ -50,11 +49,8 @@ class REINFORCEPlusPlus(OnPolicyModule):
     ) -> None:
         self.gamma, self.clip_ratio_low, self.clip_ratio_high = gamma, clip_ratio_low, clip_ratio_high
         if group_baseline:
-            variant: OnPolicyArgs = {"advantage_estimator": "group_normalize", "kl_in": "loss"}
-            if on_policy.get("kl_in") != "reward":  # where k1 is the one whose gradient is the KL's
-                variant["kl_estimator"] = "k2"
-            on_policy = {**variant, **on_policy}
+            place = on_policy.get("kl_in") or "loss"  # in the reward k1 is the one whose gradient is the KL's
+            estimator = "k2" if place == "loss" else None
+            on_policy["advantage_estimator"] = on_policy.get("advantage_estimator") or "group_normalize"
+            on_policy["kl_in"], on_policy["kl_estimator"] = place, on_policy.get("kl_estimator") or estimator
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
-        check_number("algo.gamma", gamma, at_least=0)
-        check_number("algo.clip_ratio_low", clip_ratio_low, at_least=0)
-        check_number("algo.clip_ratio_high", clip_ratio_high, at_least=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -56,6 +56,18 @@ class MaskedStats(MomentsMetric):
             self._defaults[state] = torch.cat([empty, added], 1)
             held: Tensor = getattr(self, state)
             setattr(self, state, torch.cat([held, added.to(held.device)], 1))
+
+    def align(self, names: Sequence[str]) -> None:
+        """Bring the columns into this order, which has every name known here: ranks have to agree before they sum."""
+        self.extend(names)
+        order = [self._column_of[name] for name in names]
+        for state in ("sums", "highs"):
+            empty, held = self._defaults[state], getattr(self, state)
+            assert isinstance(empty, Tensor)
+            self._defaults[state] = empty[:, order]
+            setattr(self, state, held[:, order])
+        self.wanted = {name: self.wanted[name] for name in names}
+        self._column_of = {name: column for column, name in enumerate(self.wanted)}
 
     def update(self, values: Cells) -> None:
         """Count `{name: (values, mask)}` for any of the names.

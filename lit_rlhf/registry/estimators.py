@@ -47,7 +47,9 @@ def _group_normalize(
     scores = _row_scores(rewards, mask)
     if scale_rewards != "batch":
         return _from_groups(scores, F.group_normalize(scores, group_ids, scale_rewards), mask)
-    var = moments_over_ranks(scores, ~scores.isnan())[1].to(scores.dtype)  # of all ranks, which a group never spans
+    var = moments_over_ranks(scores, mask.any(1) & ~scores.isnan())[1].to(
+        scores.dtype
+    )  # of all ranks, which a group never spans
     return _from_groups(scores, F.group_normalize(scores, group_ids, "none") / (var.sqrt() + 1e-4), mask)
 
 
@@ -62,7 +64,7 @@ def _rloo(rewards: Tensor, mask: Tensor, group_ids: Tensor) -> tuple[Tensor, Ten
 def _batch_mean(rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The row scores minus their mean over all ranks, on every valid token; 0 for a row with a NaN reward."""
     scores = _row_scores(rewards, mask)
-    mean = mean_over_ranks(scores, ~scores.isnan()).to(scores.dtype)
+    mean = mean_over_ranks(scores, mask.any(1) & ~scores.isnan()).to(scores.dtype)
     return _from_groups(scores, _without_nan(scores - mean), mask)
 
 

@@ -68,6 +68,19 @@ class ImportanceCorrection:
         self.level, self.staleness_decay = importance_correction, staleness_decay
         self.clip_min, self.clip_max = importance_clip_min, importance_clip_max
 
+    def corrected(self, batch: Experience) -> Tensor | None:
+        """Rows `[N]` bool that are; None where none can be."""
+        if self.level == "none" or (self.level == "auto" and batch.staleness is None):
+            return None
+        if self.level == "auto" and batch.staleness is not None:
+            return batch.staleness > 0
+        return torch.ones(len(batch), dtype=torch.bool, device=batch.response_mask.device)
+
+    def origin(self, logprobs: Tensor, batch: Experience) -> Tensor:
+        """Log-probs `[N, T]` of the policy that the weighted rows stand for: `logprobs` if corrected, else pi_old's."""
+        rows = self.corrected(batch)
+        return batch.old_logprobs if rows is None else torch.where(rows.unsqueeze(1), logprobs, batch.old_logprobs)
+
     def __call__(self, logprobs: Tensor, batch: Experience) -> tuple[Tensor | None, Cells]:
         """Weights `[N, T]`, or None where nothing is corrected, and metrics of the raw ratios.
 
@@ -75,14 +88,10 @@ class ImportanceCorrection:
             logprobs: `[N, T]` of pi_old, or of pi_theta for a loss without a ratio.
             batch: rows with `behavior_logprobs` `[N, T]`, or `[N]` summed over the row, and `staleness` `[N]`.
         """
-        if self.level == "none":
+        corrected = self.corrected(batch)
+        if corrected is None:
             return None, {}
         mask, gap, behavior = batch.response_mask, batch.staleness, batch.behavior_logprobs
-        corrected = torch.ones_like(mask[:, 0])
-        if self.level == "auto":
-            if gap is None:
-                return None, {}
-            corrected = gap > 0
         now = zero_outside(logprobs.detach(), mask)
         counted = mask & corrected.unsqueeze(1)
         found: dict[str, tuple[Tensor | float, Tensor | None]] = {}

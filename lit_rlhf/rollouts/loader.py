@@ -152,7 +152,7 @@ def _micro_batches(module: RLHFModule, plan: Sequence[Tensor], batch_of: Callabl
             first = position - within
             step = [batch_of(rows) for rows in plan[first : first + accumulate]]
             counts = step_counts([batch.response_mask for batch in step], module.device)
-            module.begin_step(step)
+            module.start_step(step)
         state.position = position + 1
         if state.position == len(plan):
             state.finish_iteration()

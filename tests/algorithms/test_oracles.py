@@ -244,7 +244,8 @@ class TestLosses:
 
     def test_the_four_terms_of_ppo(self):
         """C18: -.2 + .5 * .32 - .01 * .5 + .01 * .02."""
-        module = build(PPO, kl_in="loss", kl_coef=0.01, entropy_coef=0.01, kl_estimator="k2", clip_ratio_high=9.0)
+        terms = {"kl_in": "loss", "kl_coef": 0.01, "entropy_coef": 0.01, "kl_estimator": "k2", "value_clip": 0.2}
+        module = build(PPO, clip_ratio_high=9.0, **terms)
         old = double([0.0])
         lp = old + math.log(0.2)
         rollout = rollout_of([1], [1], logprobs=old, ref_logprobs=lp - 0.2, values=double([0.0]))

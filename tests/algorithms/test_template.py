@@ -168,14 +168,31 @@ def test_a_penalty_is_taken_once_also_with_the_kl_in_the_reward():
     assert found.flatten().tolist() == pytest.approx([-0.05, 0.7, -0.05, 0.95], abs=1e-6)
 
 
-def test_completions_left_out_of_the_loss_still_count_in_what_is_whitened():
+def test_what_is_whitened_is_what_is_trained_on():
+    """Completions that were cut off are left out where `mask_truncated` says so."""
     module, rows = setting("REINFORCE++", mask_truncated=True)
     experience = module.experience(module.score_rollout(rollout_from(rows)))
-    other, rows = setting("REINFORCE++")
-    expected = other.experience(other.score_rollout(rollout_from(rows)))
     kept = experience.response_mask
     assert (kept.any(1) == (~rows.truncated & rows.response_mask.any(1))).all()
-    assert torch.equal(experience.advantages[kept], expected.advantages[kept])
+    assert 0 < kept.sum() < rows.response_mask.sum()
+    A = experience.advantages[kept]
+    assert A.mean().item() == pytest.approx(0, abs=1e-9)
+    assert A.std().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"group_baseline": True}])
+@pytest.mark.parametrize("algorithm", [PPO, REINFORCEPlusPlus])
+def test_a_completion_nobody_could_score_has_no_advantage_and_moves_no_others(algorithm, arguments):
+    if algorithm is PPO and arguments:
+        return
+    module = build(algorithm, kl_coef=0, **arguments)
+    nan, values = float("nan"), {} if algorithm is REINFORCEPlusPlus else {"values": torch.zeros(4, 2).double()}
+    found = module.experience(rollout_of([5.0, 6.0, nan, 7.5], [2] * 4, group_ids=[0] * 4, **values)).advantages
+    values = {name: x[:3] for name, x in values.items()}
+    alone = module.experience(rollout_of([5.0, 6.0, 7.5], [2] * 3, group_ids=[0] * 3, **values)).advantages
+    assert (found[2] == 0).all()
+    torch.testing.assert_close(found[[0, 1, 3]], alone, atol=1e-9, rtol=0)
+    assert alone.mean().item() == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("scale", ["std", "none", "batch"])
