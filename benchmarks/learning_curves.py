@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PAIRS = "#AA7733"
 FAMILIES = {
     "grpo dapo dr_grpo gspo cispo": "#4477AA",
     "ppo conservative_ppo": "#CC6677",
     "rloo reinforce reinforce_pp remax importance_sampling": "#228833",
-    "dpo ipo hinge_dpo robust_dpo reward_modeling": "#AA7733",
+    "dpo ipo hinge_dpo robust_dpo reward_modeling": PAIRS,
 }
 COLORS = {algo: color for algos, color in FAMILIES.items() for algo in algos.split()}
 MEASURES = ("accuracy_sampled", "accuracy_greedy", "preference_accuracy")
@@ -100,7 +101,8 @@ def draw(results: dict[str, dict[str, Any]], target: Path) -> None:
             axis.plot(points["step"], points[measure_of(points)], color=COLORS.get(algo, "0.3"), alpha=0.8, lw=1.4)
         title = algo if measure_of(points) == "accuracy_sampled" else f"{algo} (pairs)"
         axis.set_title(title, fontsize=9, loc="left")
-        axis.axhline(0.85, color="0.6", lw=0.7, ls="--")
+        if COLORS.get(algo) != PAIRS:
+            axis.axhline(0.85, color="0.6", lw=0.7, ls="--")
         axis.set(ylim=(0.4, 1.0), yticks=(0.4, 0.6, 0.8, 1.0))
         axis.tick_params(labelsize=7)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
@@ -113,20 +115,24 @@ def draw(results: dict[str, dict[str, Any]], target: Path) -> None:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The README's table."""
+    """The README's table: one row per algorithm, its seeds side by side."""
     lines = [
-        "| algorithm | seed | sampled accuracy, before | after | greedy, after | seconds | of CPU |",
-        "|---|---|---|---|---|---|---|",
+        "| algorithm | sampled accuracy, before | after, by seed | greedy, after | on pairs, after | seconds |",
+        "|---|---|---|---|---|---|",
     ]
     for algo, seeds in results.items():
-        for seed, found in seeds.items():
-            points = found["curve"]
-            name = measure_of(points)
-            before, after = points[name][0], points[name][-1]
-            greedy = f"{points['accuracy_greedy'][-1]:.3f}" if "accuracy_greedy" in points else "pairs"
-            took = f"{found['seconds']:.0f} | {found['cpu_seconds']:.0f}"
-            lines.append(f"| {algo} | {seed} | {before:.3f} | {after:.3f} | {greedy} | {took} |")
+        curves = [found["curve"] for found in seeds.values()]
+        cells = [algo, _joined(curves, "accuracy_sampled", 0, once=True), _joined(curves, "accuracy_sampled", -1)]
+        cells += [_joined(curves, name, -1) for name in ("accuracy_greedy", "preference_accuracy")]
+        used = [found["cpu_seconds"] for found in seeds.values()]
+        lines.append(f"| {' | '.join(cells)} | {min(used):.0f} to {max(used):.0f} |")
     return "\n".join(lines)
+
+
+def _joined(curves: Sequence[dict[str, list[float]]], name: str, at: int, once: bool = False) -> str:
+    """The values of a measure at one end of the curves."""
+    values = [f"{points[name][at]:.3f}" for points in curves if name in points]
+    return " ".join(values[:1] if once else values) or "-"
 
 
 def ordered(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """docs/algorithms.md: a page for every algorithm, whose defaults are those of the code and whose metrics exist."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.test_readme import documented
 
 TEXT = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
 PAGES = dict(re.findall(r"\n## `(\w+)`: [^\n]*\n(.*?)(?=\n## |\Z)", TEXT, flags=re.DOTALL))
+RECORDED = json.loads((Path(__file__).parents[1] / "docs" / "learning_curves.json").read_text())
 WORDS = {"none": "None", "true": "True", "false": "False"}
 
 
@@ -59,3 +61,25 @@ def test_the_metrics_of_a_page_are_logged(name):
     watched = [re.findall(r"`([^`]+)`", cells[0]) for cells in table(PAGES[name], "watch | healthy")]
     assert watched
     assert {metric for metrics in watched for metric in metrics} <= documented()
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "sft"])
+def test_the_results_of_a_page_are_those_recorded(name):
+    """What `benchmarks/learning_curves.py` has left, and the bar that every algorithm has to pass."""
+    curves = [run["curve"] for _, run in sorted(RECORDED[name].items())]
+    text = " ".join(PAGES[name].split("**On the built-in task**")[1].split())
+    for measure, words in (
+        ("accuracy_sampled", "sampled accuracy from 0.462 to"),
+        ("preference_accuracy", "preference"),
+    ):
+        if measure in curves[0]:
+            said = re.findall(r"\d\.\d{3}", text.split(words)[1].split(";")[0])
+            assert said == [f"{curve[measure][-1]:.3f}" for curve in curves]
+    assert len(curves) == 3
+    if name == "reward_modeling" or "dpo" in name or name == "ipo":
+        assert min(curve["preference_accuracy"][-1] for curve in curves) >= 0.95
+        assert all(
+            c["accuracy_sampled"][-1] >= c["accuracy_sampled"][0] + 0.2 for c in curves if "accuracy_sampled" in c
+        )
+    else:
+        assert min(curve["accuracy_sampled"][-1] for curve in curves) >= 0.85

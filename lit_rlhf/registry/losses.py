@@ -29,59 +29,28 @@ def _clip(
     return loss, F.clip_statistics(policy_ratio(new, old), adv, clip_ratio_low, clip_ratio_high)
 
 
-def _clipped_by_sequence(fn: Callable[..., Tensor], ratio_of: Callable[..., Tensor], *args: Any) -> Any:
-    """A loss that clips a ratio of the sequence, and the clip statistics of that ratio."""
-    old_logp, logp, advantages, mask, low, high = args
-    stats = F.clip_statistics(
-        zero_outside(ratio_of(logp, old_logp, mask), mask), zero_outside(advantages, mask), low, high
-    )
-    loss = fn(logp, old_logp, advantages, mask, low, high)
-    return loss, {name: zero_outside(value, mask) for name, value in stats.items()}
+def _by_sequence(loss_of: Callable[..., Tensor], ratio_of: Callable[..., Tensor], low: float, high: float) -> Any:
+    """A loss that clips a ratio of the sequence; the clip statistics are of that ratio, on each of the row's tokens."""
+
+    def loss(
+        old_logp: Tensor,
+        logp: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        clip_ratio_low: float = low,
+        clip_ratio_high: float = high,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        ratio, adv = (zero_outside(x, mask) for x in (ratio_of(logp, old_logp, mask), advantages))
+        stats = F.clip_statistics(ratio, adv, clip_ratio_low, clip_ratio_high)
+        found = loss_of(logp, old_logp, advantages, mask, clip_ratio_low, clip_ratio_high)
+        return found, {name: zero_outside(value, mask) for name, value in stats.items()}
+
+    return loss
 
 
-@register_policy_loss("gspo")
-def _gspo(
-    old_logp: Tensor,
-    logp: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_ratio_low: float = 3e-4,
-    clip_ratio_high: float = 4e-4,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """GSPO: `functional.gspo_policy_loss`; the clip statistics are those of the sequence ratio."""
-    args = (old_logp, logp, advantages, mask, clip_ratio_low, clip_ratio_high)
-    found: tuple[Tensor, dict[str, Tensor]] = _clipped_by_sequence(F.gspo_policy_loss, sequence_ratio, *args)
-    return found
-
-
-@register_policy_loss("gspo_token")
-def _gspo_token(
-    old_logp: Tensor,
-    logp: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_ratio_low: float = 3e-4,
-    clip_ratio_high: float = 4e-4,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """GSPO-token: `functional.gspo_token_policy_loss`."""
-    args = (old_logp, logp, advantages, mask, clip_ratio_low, clip_ratio_high)
-    found: tuple[Tensor, dict[str, Tensor]] = _clipped_by_sequence(F.gspo_token_policy_loss, sequence_ratio, *args)
-    return found
-
-
-@register_policy_loss("sequence_clip")
-def _sequence_clip(
-    old_logp: Tensor,
-    logp: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_ratio_low: float = 0.2,
-    clip_ratio_high: float = 0.2,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """RLOO over several steps: `functional.sequence_clipped_policy_loss`."""
-    args = (old_logp, logp, advantages, mask, clip_ratio_low, clip_ratio_high)
-    found: tuple[Tensor, dict[str, Tensor]] = _clipped_by_sequence(F.sequence_clipped_policy_loss, product_ratio, *args)
-    return found
+register_policy_loss("gspo")(_by_sequence(F.gspo_policy_loss, sequence_ratio, 3e-4, 4e-4))
+register_policy_loss("gspo_token")(_by_sequence(F.gspo_token_policy_loss, sequence_ratio, 3e-4, 4e-4))
+register_policy_loss("sequence_clip")(_by_sequence(F.sequence_clipped_policy_loss, product_ratio, 0.2, 0.2))
 
 
 @register_policy_loss("cispo")

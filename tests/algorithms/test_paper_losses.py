@@ -128,7 +128,7 @@ def value_terms(module, batch, i, values):
 
 def conservative_term(module, batch, scores, slopes):
     """c max(0, K - kappa)^2 with K over all tokens; adds its gradient to `slopes`."""
-    cells, full = batch.response_mask.nonzero().tolist(), module.penalty_kl == "full"
+    cells, full = batch.response_mask.nonzero().tolist(), module.needs_exact_kl
     delta = (scores.logprobs - batch.ref_logprobs).tolist()
     k = [float(scores.kl[i, t]) if full else delta[i][t] ** 2 / 2 for i, t in cells]
     c, excess = 2.0, sum(k) / len(k) - 0.02
