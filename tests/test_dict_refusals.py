@@ -117,6 +117,8 @@ def test_keys_of_no_format_are_refused():
         (GRPO, rows(), "GRPO compares the samples of one prompt with each other and there is one per prompt; expected"),
         (RLOO, rows(), "RLOO compares"),
         (PPO, rows(**OFF_POLICY), "PPO corrects by 'behavior_log_probs' with algo.importance_correction=token or seq"),
+        (PPO, rows(behavior_log_probs=OFF_POLICY["behavior_log_probs"]), "PPO corrects by 'behavior_log_probs' with"),
+        (PPO, rows(behavior_log_probs=torch.zeros(3, WIDTH)), "PPO corrects by 'behavior_log_probs' with"),
         (
             PPO,
             rows(input_ids=torch.full((3, WIDTH), 64)),

@@ -60,7 +60,8 @@ class ImportanceSampling(OnPolicyModule):
             "importance_clip_max": clip_ratio,
             "staleness_decay": 1.0,
         }
-        on_policy = {**usual, **on_policy}
+        if on_policy.get("importance_correction") != "none":
+            on_policy = {**usual, **on_policy}
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)
 
     @property

@@ -46,7 +46,7 @@ def check_arguments(module: OnPolicyModule) -> None:
         warnings.warn(
             "rollout.top_p and rollout.top_k sample from another distribution than the one that is trained; "
             "train with top_p=1 and top_k=0",
-            stacklevel=3,
+            stacklevel=4,
         )
     if module.sampling.temperature == 0:
         raise InputError("rollout.temperature=0 samples greedily and nothing can be learnt from it; use 1.0")
@@ -60,7 +60,7 @@ def _check_of_the_algorithm(module: OnPolicyModule) -> None:
     if not (0 <= gamma <= 1 and 0 <= gae_lambda <= 1):
         raise InputError(f"algo.gamma={gamma} and algo.gae_lambda={gae_lambda} must be from 0 to 1")
     if gamma < 1:  # decision D1
-        warnings.warn(f"algo.gamma={gamma} discounts the reward at the end per token; 1 is usual", stacklevel=4)
+        warnings.warn(f"algo.gamma={gamma} discounts the reward at the end per token; 1 is usual", stacklevel=5)
 
 
 def warn_of_idle(module: OnPolicyModule, given: Mapping[str, Any]) -> None:

@@ -49,8 +49,9 @@ class REINFORCEPlusPlus(OnPolicyModule):
     ) -> None:
         self.gamma, self.clip_ratio_low, self.clip_ratio_high = gamma, clip_ratio_low, clip_ratio_high
         if group_baseline:
+            on_policy["advantage_estimator"] = on_policy.get("advantage_estimator") or "group_normalize"
+        if group_baseline and kl_coef:
             place = on_policy.get("kl_in") or "loss"  # in the reward k1 is the one whose gradient is the KL's
             estimator = "k2" if place == "loss" else None
-            on_policy["advantage_estimator"] = on_policy.get("advantage_estimator") or "group_normalize"
             on_policy["kl_in"], on_policy["kl_estimator"] = place, on_policy.get("kl_estimator") or estimator
         super().__init__(kl_coef=kl_coef, loss_agg=loss_agg, **on_policy)

@@ -7,6 +7,7 @@ from lit_rlhf.algorithms.conservative_ppo import ConservativePPO
 from lit_rlhf.data.modules import RowsDataModule
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.types import SamplingConfig
+from tests.algorithms.resuming import checkpointed, fit_of, loop_in
 from tests.algorithms.settings import SPLITS, loss_gradients_stats, setting, split, take_stats
 from tests.algorithms.toys import rollout_of
 from tests.helpers import build, gradients, prompt_rows, trainer
@@ -44,6 +45,18 @@ class TestConservativePenalty:
         k2 = ((scores.logprobs - batch.ref_logprobs).square() / 2)[batch.response_mask].mean()
         penalty = module.compute_loss(scores, batch)["kl_penalty"].item()
         assert penalty == pytest.approx(2.0 * (k2.item() - 0.02) ** 2)
+
+    @pytest.mark.parametrize("estimator", ["k2", "k3"])
+    def test_the_losss_kl_is_the_one_asked_for_beside_the_penaltys_exact_one(self, estimator):
+        module, batch = setting("ConservativePPO", kl_coef=0.3, kl_in="loss", kl_estimator=estimator)
+        scores = module.score(batch)
+        delta = (scores.logprobs - batch.ref_logprobs)[batch.response_mask]
+        estimate = {"k2": delta.square() / 2, "k3": (-delta).exp() - 1 + delta}[estimator].mean().item()
+        exact = scores.kl[batch.response_mask].mean().item()
+        assert abs(estimate - exact) > 0.01
+        terms = module.compute_loss(scores, batch)
+        assert terms["kl_loss"].item() == pytest.approx(0.3 * estimate)
+        assert terms["kl_penalty"].item() == pytest.approx(2.0 * (exact - 0.02) ** 2)
 
     @pytest.mark.parametrize("parts", SPLITS.values(), ids=SPLITS)
     def test_without_the_other_micro_batches_it_would_be_another(self, parts):
@@ -100,3 +113,48 @@ class TestConservativePenalty:
         assert found == pytest.approx(expected, rel=1e-9)
         for a, b in zip(gradient, other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+    def test_a_batch_of_its_own_after_a_run_has_its_own_k(self):
+        """The K of the run's last step belongs to that step."""
+        sizes = {"group_size": 2, "prompts_per_rollout": 4, "sampling": SamplingConfig(max_new_tokens=6)}
+        module, batch = setting("ConservativePPO", **sizes, update_epochs=1)
+        trainer(accumulate=2).fit(module, datamodule=RowsDataModule(prompt_rows(4)))
+        assert module._step_kl is not None
+        take_stats(module)
+        assert batch.step_tokens is None
+        K = module.score(batch).kl[batch.response_mask].mean().item()
+        assert abs(K - float(module._step_kl)) > 1e-3
+        module.training_step(batch)
+        assert module._last_kl == pytest.approx(K)
+        assert take_stats(module)["loss/kl_penalty"] == pytest.approx(2.0 * (K - 0.02) ** 2)
+
+
+class Reported(ConservativePPO):
+    """Keeps what it logged, rollout by rollout."""
+
+    def derived(self, values):
+        self.rows = [*getattr(self, "rows", []), {name: float(value) for name, value in values.items()}]
+        return super().derived(values)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_resumed_run_takes_a_fixed_coefficient_from_its_arguments_and_an_adaptive_one_from_the_checkpoint(
+    adaptive, tmp_path
+):
+    arguments = {
+        "group_size": 2,
+        "prompts_per_rollout": 8,
+        "sampling": SamplingConfig(max_new_tokens=4),
+        "update_epochs": 1,
+        "value": "shared",
+        "adaptive": adaptive,
+    }
+    saved = checkpointed(tmp_path, every_n_epochs=1)
+    first, _ = fit_of(Reported, {**arguments, "conservative_coef": 0.1}, 1, callbacks=[saved])
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    numbers = loop_in(checkpoint)["numbers"]
+    assert ("conservative_coef" in numbers) == adaptive
+    assert first.current_coef == (0.05 if adaptive else 0.1)  # the first step's KL is 0
+
+    resumed, _ = fit_of(Reported, {**arguments, "conservative_coef": 5.0}, 2, ckpt_path=checkpoint)
+    assert resumed.rows[0]["stability/conservative_coef"] == pytest.approx(0.05 if adaptive else 5.0)
