@@ -21,6 +21,7 @@ from lit_rlhf.algorithms.on_policy_args import TemplateArgs
 from lit_rlhf.algorithms.on_policy_checks import (
     check_arguments,
     check_loop,
+    checked_advantages,
     checked_loss,
     per_token,
     warn_of_idle,
@@ -230,7 +231,8 @@ class OnPolicyModule(RLHFModule):
         """
         coef = self.current_kl_coef
         rollout = replace(rollout, rewards=self.shape_rewards(rollout))
-        advantages, returns = (per_token(x, rollout) for x in self.compute_advantages(rollout))
+        found = checked_advantages(self.compute_advantages(rollout))
+        advantages, returns = (per_token(x, rollout) for x in found)
         assert advantages is not None
         mask = rollout.response_mask & ~(rollout.truncated.unsqueeze(1) & self.mask_truncated)
         if self.whiten_advantages:
@@ -276,10 +278,8 @@ class OnPolicyModule(RLHFModule):
         """
         offered = ("values", "bootstrap", "old_logprobs", "ref_logprobs", "group_ids", "baseline")
         named = {n: getattr(rollout, n) for n in offered}
-        found: tuple[Tensor, Tensor | None] = call_with_named(
-            self._estimate, rollout.rewards, rollout.response_mask, **named, **self._named()
-        )
-        advantages, returns = (per_token(x, rollout) for x in found)
+        found = call_with_named(self._estimate, rollout.rewards, rollout.response_mask, **named, **self._named())
+        advantages, returns = (per_token(x, rollout) for x in checked_advantages(found))
         assert advantages is not None
         return advantages, returns
 

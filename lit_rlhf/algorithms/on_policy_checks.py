@@ -102,6 +102,23 @@ def _warn_of_clip_range(module: OnPolicyModule) -> None:
         )
 
 
+def checked_advantages(found: Any) -> tuple[Tensor, Tensor | None]:
+    """What an advantage estimator or the hook returned, if it is advantages with returns or None.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not (isinstance(found, tuple) and len(found) == 2 and found[0] is not None):
+        raise InputError(
+            f"advantages: expected a tuple (advantages, returns), of which returns may be None; got {_kind(found)}"
+        )
+    return found
+
+
+def _kind(found: Any) -> str:
+    return f"a tuple of {len(found)}" if isinstance(found, tuple) else f"a {type(found).__name__}"
+
+
 def per_token(x: Any, rollout: ScoredRollout) -> Tensor | None:
     """`[N, T]` from that, or from one number per row `[N]`; None stays None.
 

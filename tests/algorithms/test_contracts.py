@@ -177,3 +177,10 @@ class TestClassAttributes:
             progress_keys = ("reward/reward_mean",)
 
         assert build(M).margin == 0.1
+
+
+@pytest.mark.parametrize("returned", [None, (None, None), (torch.ones(2),), torch.ones(2, 2)])
+def test_an_estimator_that_returns_no_pair_is_refused(returned):
+    module = build(GRPO, advantage_estimator=lambda rewards, mask, **kw: returned)
+    with pytest.raises(InputError, match=r"expected a tuple \(advantages, returns\)"):
+        module.experience(rollout_of([1.0, 2.0], [2, 2]))
