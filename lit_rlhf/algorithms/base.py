@@ -196,7 +196,7 @@ class RLHFModule(LightningModule):
 
     def start_step(self, batches: Sequence[Any]) -> None:
         """Called by the loader with all micro-batches of an optimiser step on this rank, before any is trained on."""
-        self._before_step = self._counted()
+        self._before_step = self._counted() if len(batches) > 1 else None  # no checkpoint falls within a step of one
         self.begin_step(batches)
 
     def begin_step(self, batches: Sequence[Any]) -> None:

@@ -125,9 +125,7 @@ def gspo_policy_loss(
     tensor([[1.1052, 1.1052, 1.1052]])
     """
     ratio = sequence_ratio(logprobs, old_logprobs, mask)
-    return zero_outside(
-        _clipped(ratio, zero_outside(advantages, mask).detach(), clip_ratio_low, clip_ratio_high, None), mask
-    )
+    return _clipped_inside(ratio, advantages, mask, clip_ratio_low, clip_ratio_high)
 
 
 def gspo_token_policy_loss(
@@ -151,9 +149,7 @@ def gspo_token_policy_loss(
     """
     lp = zero_outside(logprobs, mask)
     ratio = sequence_ratio(logprobs, old_logprobs, mask).detach() * (lp - lp.detach()).exp()
-    return zero_outside(
-        _clipped(ratio, zero_outside(advantages, mask).detach(), clip_ratio_low, clip_ratio_high, None), mask
-    )
+    return _clipped_inside(ratio, advantages, mask, clip_ratio_low, clip_ratio_high)
 
 
 def sequence_clipped_policy_loss(
@@ -176,9 +172,7 @@ def sequence_clipped_policy_loss(
     tensor([[1.3499, 1.3499, 1.3499]])
     """
     ratio = product_ratio(logprobs, old_logprobs, mask)
-    return zero_outside(
-        _clipped(ratio, zero_outside(advantages, mask).detach(), clip_ratio_low, clip_ratio_high, None), mask
-    )
+    return _clipped_inside(ratio, advantages, mask, clip_ratio_low, clip_ratio_high)
 
 
 def cispo_policy_loss(
@@ -301,3 +295,8 @@ def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual_cl
     if dual_clip is None:
         return loss
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+
+
+def _clipped_inside(ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
+    """`_clipped` on the cells of the mask, 0 elsewhere."""
+    return zero_outside(_clipped(ratio, zero_outside(advantages, mask).detach(), low, high, None), mask)
