@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, lr_factor, recommended_lr
-from lit_rlhf.data.rows import encode_prompt
 from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import Cells, MaskedStats
@@ -24,6 +23,7 @@ from lit_rlhf.rollouts.engines import RolloutEngine
 from lit_rlhf.rollouts.loader import PromptLoader, step_counts
 from lit_rlhf.rollouts.sampler import default_engine, sample_and_score
 from lit_rlhf.rollouts.state import LoopState, check_resumable, check_same_model, rewind_to_step
+from lit_rlhf.text import encode_prompt
 from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Row, SamplingConfig, ScoredRollout
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]

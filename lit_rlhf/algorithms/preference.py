@@ -15,12 +15,12 @@ from lit_rlhf.algorithms.passes import HeldOutLoader, has_texts, pass_loader
 from lit_rlhf.algorithms.preference_stats import Comparison, pair_stats, ranking
 from lit_rlhf.data.collate import collate_preferences
 from lit_rlhf.data.reference_cache import ReferenceCache
-from lit_rlhf.data.rows import encode_completion
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.models.loading import max_positions, vocabulary_size
 from lit_rlhf.models.wrapper import ValueKind
 from lit_rlhf.rollouts.loader import PassLoader, step_counts
+from lit_rlhf.text import encode_completion
 from lit_rlhf.types import PreferenceBatch, PromptBatch, Row
 from lit_rlhf.types.preference_dicts import preference_batch_from_dict
 

@@ -21,10 +21,10 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.preference import PreferenceArgs, PreferenceModule
 from lit_rlhf.algorithms.preference_stats import Comparison
-from lit_rlhf.data.rows import with_own_pad_token
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.functional import bradley_terry_loss
 from lit_rlhf.models.loading import load_causal_lm
+from lit_rlhf.text import with_own_pad_token
 from lit_rlhf.types import PreferenceBatch, Row
 
 

@@ -16,10 +16,10 @@ from typing_extensions import Unpack
 from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
 from lit_rlhf.algorithms.passes import pass_loader
 from lit_rlhf.data.collate import collate_completions
-from lit_rlhf.data.rows import encode_completion
 from lit_rlhf.errors import check_number
 from lit_rlhf.models.loading import max_positions
 from lit_rlhf.rollouts.loader import PassLoader
+from lit_rlhf.text import encode_completion
 from lit_rlhf.types import CompletionBatch, Row
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lit_rlhf.data.rows import encode_completion, encode_prompt
+from lit_rlhf.text import encode_completion, encode_prompt
 from lit_rlhf.types import CompletionBatch, PreferenceBatch, Row, pad_left, pad_right
 
 EncodedPair: TypeAlias = tuple[list[int], list[int], list[int]]  # prompt, chosen and rejected completion

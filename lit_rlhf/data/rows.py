@@ -1,19 +1,15 @@
-"""Rows of a dataset file, and the token ids of their prompts and completions."""
+"""Rows of a dataset file."""
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.types import Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SUFFIXES = (".jsonl", ".json")
 _ACCEPTED = "a .jsonl file (one JSON object per line) or a .json file (a list of objects)"
@@ -43,60 +39,6 @@ def read_rows(path: str | Path) -> list[Row]:
     if not rows:
         raise InputError(f"{file} has no rows; expected at least one object with a 'prompt'")
     return rows
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return a prompt's token ids: BOS exactly once if the tokenizer adds one, and no EOS at the end.
-
-    What the tokenizer puts before a text is kept and what it puts behind is not, since a completion
-    follows. A BOS that the text already begins with, as chat templates write it, is not doubled.
-    """
-    plain: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    full: list[int] = tokenizer.encode(text, add_special_tokens=True)
-    starts = range(len(full) - len(plain) + 1)
-    prefix: list[int] = next((full[:i] for i in starts if full[i : i + len(plain)] == plain), [])
-    ids = prefix + plain
-    bos = tokenizer.bos_token_id
-    while bos is not None and ids[:2] == [bos, bos]:
-        del ids[0]
-    return ids
-
-
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, eos_token_id: int | None = None) -> list[int]:
-    """Return a completion's token ids: no BOS, and EOS exactly once at the end.
-
-    They are appended to the ids of `encode_prompt`. The two texts are never tokenized as one: a token
-    across their border would shift what is prompt and what is learned.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        text: the completion; an EOS it already ends with is not doubled.
-        eos_token_id: the tokenizer's own if not given.
-
-    Raises:
-        InputError: there is no EOS, so that a model could never learn to stop.
-    """
-    eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-    if eos is None:
-        raise InputError(
-            f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no EOS token, so that no "
-            f"completion can end; set tokenizer.eos_token"
-        )
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    while ids[-1:] == [eos]:
-        ids.pop()
-    return [*ids, eos]
-
-
-def with_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, or a copy that pads with another token than EOS where it does not."""
-    eos = tokenizer.eos_token_id
-    if tokenizer.pad_token_id != eos:
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    others = [i for i in tokenizer.all_special_ids if i != eos] or [i for i in range(len(tokenizer)) if i != eos]
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[0])
-    return tokenizer
 
 
 def _existing(file: Path) -> Path:

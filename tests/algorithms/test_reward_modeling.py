@@ -10,10 +10,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lit_rlhf.algorithms.reward_modeling import RewardModeling
 from lit_rlhf.callbacks.hf_export import HFExport
 from lit_rlhf.data.modules import ArithmeticData
-from lit_rlhf.data.rows import with_own_pad_token
 from lit_rlhf.data.tasks import character_tokenizer
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.scoring import Values
+from lit_rlhf.text import with_own_pad_token
 from tests.helpers import EOS, KINDS, PAD, build, gradients, tiny_model, trainer
 from tests.pairs import pair_rows, random_pairs, sequences
 

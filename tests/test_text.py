@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lit_rlhf.data import encode_completion, encode_prompt
 from lit_rlhf.data.tasks import character_tokenizer
 from lit_rlhf.errors import InputError
+from lit_rlhf.text import encode_completion, encode_prompt
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260k"
 BOS, EOS, SOP, A, B = 0, 1, 2, 3, 4
