@@ -17,18 +17,16 @@ from lit_rlhf.signatures import nearest as nearest
 from lit_rlhf.signatures import signature_of as signature_of
 
 _IMPLIED = {"data.path": "data=file", "model.path": "model=pretrained"}  # a path given chooses what reads it
-_ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
-    "algo.policy": "model.path=...",
-    "algo.tokenizer": "tokenizer=...",
-    "algo.reward_funcs": "reward.funcs=[...]",
-    "algo.reward_weights": "reward.weights=[...]",
-    "algo.sampling": "rollout.max_new_tokens=... and the like",
-    "algo.seed": "seed=...",
-    "trainer.callbacks": "callbacks.NAME._target_=...",
-    "trainer.logger": "logger.NAME._target_=...",
-    "rollout.group_size": "algo.group_size=...",
-}
-_PATHS = ("data.path", "data.validation_path", "model.path", "tokenizer", "ckpt_path")  # taken as they are written
+_PATHS = (  # taken as they are written
+    "data.path",
+    "data.validation_path",
+    "model.path",
+    "tokenizer",
+    "ckpt_path",
+    "reference.path",
+    "against.path",
+    "judge",
+)
 _WITHOUT = {  # groups that a run can do without, and what Hydra reads for `group=null`
     "callbacks": ["~callbacks"],
     "logger": ["~logger"],
@@ -36,18 +34,13 @@ _WITHOUT = {  # groups that a run can do without, and what Hydra reads for `grou
     "debug": [],
     "experiment": [],
 }
-_SUBGROUPS = ("debug/steps",)  # what train.yaml chooses from by itself
 _SPECIAL = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
-_TOP_LEVEL_KINDS = {
+_SHARED_KINDS = {  # of the keys that every entry point has
     "seed": (int,),
-    "validate_first": (bool,),
     "plugins": (list,),
     "threads": (int, type(None)),
-    "ckpt_path": (str, type(None)),
     "tokenizer": (str, dict, type(None)),
 }
-_NEEDED = ("algo", "data", "model", "reward", "rollout", "trainer")  # groups that every run instantiates
-_GIVEN = ("policy", "tokenizer", "reward_funcs", "sampling", "seed")  # what `train` hands to the algorithm
 
 
 def conf_dir() -> Path:
@@ -56,7 +49,7 @@ def conf_dir() -> Path:
     return next(d for d in (here / "conf", here.parent / "conf") if (d / "train.yaml").is_file())
 
 
-def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> list[str]:
+def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> list[str]:
     """Turn a user's command line into Hydra overrides.
 
     A group's choice is checked. `data.path=` and `model.path=` choose the group that reads them, unless it is
@@ -65,14 +58,14 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
 
     Args:
         arguments: the arguments without the program's name.
-        top_level: keys of the primary config.
+        primary: the entry point's own yaml file; its defaults list says which groups there are.
 
     Raises:
         InputError: an unknown group, choice or key, with the nearest valid one.
     """
-    groups = {folder.name: _choices(folder) for folder in conf_dir().iterdir() if folder.is_dir()}
+    groups, top_level = _groups(primary["defaults"]), set(primary) - {"defaults"}
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
-    implied = _implied({key.lstrip("+"): value for key, _, value in (a.partition("=") for a in arguments)})
+    implied = _implied({key.lstrip("+"): value for key, _, value in (a.partition("=") for a in arguments)}, groups)
     prepared = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         key, equals, value = argument.partition("=")
@@ -84,9 +77,9 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
             continue
         if not equals:
             raise InputError(f"{argument!r} is no assignment; write {argument}=VALUE")
-        if head not in groups and head not in set(top_level):
+        if head not in groups and head not in top_level:
             raise InputError(f"unknown key {key!r}{nearest(head, {*groups, *top_level})}")
-        if key in _WITHOUT and value == "null":
+        if key in groups and key in _WITHOUT and value == "null":
             prepared += _WITHOUT[key]
             continue
         if key in groups:
@@ -97,15 +90,27 @@ def prepare_arguments(arguments: Sequence[str], top_level: Iterable[str]) -> lis
     return implied + prepared
 
 
-def _choices(group: Path) -> list[str]:
-    """The yaml files of a group, those in its folders as `folder/name`, but for folders that are groups themselves."""
-    files = [file.relative_to(group).with_suffix("") for file in group.rglob("*.yaml")]
-    return sorted(file.as_posix() for file in files if f"{group.name}/{file.parent}" not in _SUBGROUPS)
+def _groups(defaults: Iterable[str | Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The groups of a defaults list and their choices: yaml files, those in folders as `folder/name`.
+
+    A folder in a group that the list has an entry of its own for, as `debug/steps`, is nothing to choose from.
+    """
+    entries = [str(next(iter(entry))) for entry in defaults if isinstance(entry, Mapping)]
+    listed = [entry.removeprefix("optional ") for entry in entries if not entry.startswith("override ")]
+    groups = {}
+    for group in (name for name in listed if "/" not in name):
+        files = [file.relative_to(conf_dir()).with_suffix("") for file in (conf_dir() / group).rglob("*.yaml")]
+        kept = [file for file in files if file.parent.as_posix() not in {*listed} - {group}]
+        groups[group] = sorted(file.relative_to(group).as_posix() for file in kept)
+    return groups
 
 
-def _implied(given: Mapping[str, str]) -> list[str]:
+def _implied(given: Mapping[str, str], groups: Iterable[str]) -> list[str]:
     """The overrides that follow from those a user gave: a path's group, and one limit of the run instead of two."""
-    implied = [choice for key, choice in _IMPLIED.items() if key in given and choice.split("=")[0] not in given]
+    chosen = {key: choice.split("=")[0] for key, choice in _IMPLIED.items()}
+    implied = [
+        _IMPLIED[key] for key, group in chosen.items() if key in given and group in groups and group not in given
+    ]
     if given.get("trainer.max_steps", "-1") == "-1":
         return implied
     epochs = given.get("trainer.max_epochs", "-1")
@@ -134,41 +139,31 @@ def _check_choices(group: str, choices: Sequence[str], known: Sequence[str], swe
         raise InputError(f"{group}={','.join(choices)} are several runs; add -m to start one after the other")
 
 
-def check_run(config: Mapping[str, Any]) -> None:
-    """Check all that `train` will read, before anything heavy is imported.
-
-    Raises:
-        InputError: the first thing that cannot be used.
-    """
-    _check_top_level(config)
-    for group in _NEEDED:
-        if not isinstance((config.get(group) or {}).get("_target_"), str):
-            raise InputError(f"{group}._target_ must be an import path; choose one with {group}=...")
-    target = config["algo"]["_target_"]
-    signature = signature_of(target)
-    if signature is not None and not signature.open and not set(_GIVEN) <= set(signature.parameters):
-        raise InputError(f"algo._target_={target} is no algorithm: it does not take {', '.join(_GIVEN)}")
-    if (precision := config["trainer"].get("precision")) in ("bf16-true", "16-true"):  # Lightning converts the batches
-        raise InputError(
-            f"trainer.precision={precision} cannot convert these batches; write model.dtype=bfloat16 instead, "
-            "without trainer.precision"
-        )
-    for key, instead in _ELSEWHERE.items():
-        group, _, name = key.partition(".")
-        if name in config[group]:
-            raise InputError(f"{key!r} would have no effect; write {instead}")
-    check_config(config)
-
-
-def _check_top_level(config: Mapping[str, Any]) -> None:
-    for key, kinds in _TOP_LEVEL_KINDS.items():
-        if type(config[key]) not in kinds:
-            names = ["null" if kind is type(None) else kind.__name__ for kind in kinds]
+def check_top_level(config: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """Check the keys that stand in no group: their types, and the range of those that every entry point has."""
+    for key, allowed in {**_SHARED_KINDS, **kinds}.items():
+        if type(config[key]) not in allowed:
+            names = ["null" if kind is type(None) else kind.__name__ for kind in allowed]
             raise InputError(f"{key!r} must be {' or '.join(names)}, got {config[key]!r}")
     if not 0 <= config["seed"] < 2**32:
         raise InputError(f"seed must be from 0 to {2**32 - 1}, got {config['seed']}")
     if config["threads"] is not None and config["threads"] < 1:
         raise InputError(f"threads must be at least 1, or null for one per core, got {config['threads']}")
+
+
+def check_targets(config: Mapping[str, Any], groups: Iterable[str]) -> None:
+    """Check that each of these groups says what to build."""
+    for group in groups:
+        if not isinstance((config.get(group) or {}).get("_target_"), str):
+            raise InputError(f"{group}._target_ must be an import path; choose one with {group}=...")
+
+
+def check_elsewhere(config: Mapping[str, Any], elsewhere: Mapping[str, str]) -> None:
+    """Refuse the keys `group.name` that another key decides, which `elsewhere` says how to write."""
+    for key, instead in elsewhere.items():
+        group, _, name = key.partition(".")
+        if name in config[group]:
+            raise InputError(f"{key!r} would have no effect; write {instead}")
 
 
 def check_config(config: Mapping[str, Any], path: str = "") -> None:

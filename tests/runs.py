@@ -15,8 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 import lit_rlhf
+from lit_rlhf.cli import primary
 from lit_rlhf.config import conf_dir, prepare_arguments
-from lit_rlhf.train import _top_level, main
+from lit_rlhf.train import main
 
 QUIET = ("callbacks.progress=null", "logger.wandb=null")
 
@@ -25,7 +26,7 @@ def config_of(*arguments, folder="."):
     """What `python -m lit_rlhf.train *arguments` would hand to `train`, with `folder` as the run's."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("train", prepare_arguments(arguments, _top_level()), return_hydra_config=True)
+        config = compose("train", prepare_arguments(arguments, primary("train")), return_hydra_config=True)
     with open_dict(config):
         config.hydra.runtime.output_dir = str(folder)
         HydraConfig.instance().set_config(config)

@@ -15,10 +15,11 @@ from lit_rlhf.algorithms.critic import Critic, CriticArgs
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.kl_penalty import KLArgs, KLPenalty
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
-from lit_rlhf.config import check_config, check_run, conf_dir, nearest, prepare_arguments, signature_of
+from lit_rlhf.cli import primary
+from lit_rlhf.config import check_config, conf_dir, nearest, prepare_arguments, signature_of
 from lit_rlhf.errors import InputError
 from lit_rlhf.rollouts.importance import ImportanceArgs, ImportanceCorrection
-from lit_rlhf.train import _functions, _top_level
+from lit_rlhf.train import _functions, check_run
 from tests.helpers import NumberTokenizer, build, sum_of_ids, tiny_model
 from tests.runs import config_of
 
@@ -32,7 +33,7 @@ def plain(config):
 
 
 def prepared(*arguments):
-    return prepare_arguments(arguments, _top_level())
+    return prepare_arguments(arguments, primary("train"))
 
 
 def refused(check, *arguments):

@@ -22,10 +22,12 @@ LAYERS = (  # lowest first; parts of one layer do not know each other
     {"rollouts", "data"},
     {"callbacks", "loggers", "checkpoints"},
     {"algorithms"},
-    {"train", "evaluate", "pipeline"},
+    {"cli"},
+    {"train", "evaluate"},
+    {"pipeline"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-ENTRY_POINTS = LAYERS[-1]
+ENTRY_POINTS = {"cli", "train", "evaluate", "pipeline"}
 FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -97,7 +99,7 @@ def test_hydra_is_for_the_entry_points(name):
 HEAVY = ("torch", "lightning", "transformers", "torchmetrics", "wandb")
 
 
-@pytest.mark.parametrize("module", ["lit_rlhf", "lit_rlhf.errors", "lit_rlhf.config", "lit_rlhf.train"])
+@pytest.mark.parametrize("module", ["lit_rlhf", "lit_rlhf.errors", "lit_rlhf.config", "lit_rlhf.cli", "lit_rlhf.train"])
 def test_importing_is_cheap(module):
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

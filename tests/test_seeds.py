@@ -15,9 +15,10 @@ from lit_rlhf.algorithms.dpo import DPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.schedule import check_learning_rate, learning_rate_range, recommended_lr
 from lit_rlhf.algorithms.sft import SFT
-from lit_rlhf.config import check_run, conf_dir, signature_of
+from lit_rlhf.config import conf_dir, signature_of
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.rollouts.importance import ImportanceArgs, ImportanceCorrection
+from lit_rlhf.train import check_run
 from lit_rlhf.types import Experience, PreferenceBatch
 from tests.helpers import build, prompts
 from tests.runs import QUIET, config_of, fork
