@@ -55,9 +55,9 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, eos_token_i
 
 
 def with_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, or a copy that pads with another token than EOS where it does not."""
+    """The tokenizer, or a copy that pads with another token than EOS where it does not, or with none."""
     eos = tokenizer.eos_token_id
-    if tokenizer.pad_token_id != eos:
+    if tokenizer.pad_token_id not in (None, eos):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     others = [i for i in tokenizer.all_special_ids if i != eos] or [i for i in range(len(tokenizer)) if i != eos]

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from lit_rlhf.errors import InputError
 
@@ -39,18 +46,60 @@ def load_causal_lm(
     Raises:
         InputError: the model cannot be found or read.
     """
-    torch_dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise InputError(f"model.dtype: {dtype!r} is no floating-point dtype of torch; use 'float32' or 'bfloat16'")
     model = _from_pretrained(
         AutoModelForCausalLM,
         "model.path",
         path,
-        dtype=torch_dtype,
+        dtype=floating_dtype("model.dtype", dtype),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
     return disable_dropout(model)
+
+
+def load_reward_model(
+    path: str | Path, *, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """Load a sequence-classification model with one label, whose logit is the reward.
+
+    Args:
+        path: a folder or a Hub name.
+        dtype: a floating-point dtype of torch, or its name; by default the one it was saved in.
+        trust_remote_code: run the Python files of the model's repository. Off unless you ask.
+
+    Raises:
+        InputError: the model cannot be found or read, has not exactly one label, or was saved without its head.
+    """
+    key, kwargs = "reward model", {"trust_remote_code": trust_remote_code}
+    chosen = "auto" if dtype is None else floating_dtype("reward model: dtype", dtype)
+    check_one_label(_from_pretrained(AutoConfig, key, path, **kwargs), str(path))
+    model, info = _from_pretrained(
+        AutoModelForSequenceClassification, key, path, dtype=chosen, output_loading_info=True, **kwargs
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{key}: {path} has no weights for {missing[0]}, and a head that nobody trained judges at random; give a "
+            "trained reward model, such as the model/ folder of a run with algo=reward_modeling"
+        )
+    return disable_dropout(model)
+
+
+def check_one_label(config: Any, name: str) -> None:
+    """Raise an `InputError` unless the model of this configuration gives one number per text."""
+    labels = getattr(config, "num_labels", None)
+    if labels != 1:
+        raise InputError(
+            f"reward model: {name} has num_labels={labels}, and a reward is one number; give a sequence-classification "
+            "model with num_labels=1, such as the model/ folder of a run with algo=reward_modeling"
+        )
+
+
+def floating_dtype(key: str, dtype: str | torch.dtype) -> torch.dtype:
+    """The floating-point dtype of torch that the argument `key` names, or an `InputError`."""
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"{key}: {dtype!r} is no floating-point dtype of torch; use 'float32' or 'bfloat16'")
+    return found
 
 
 def load_tokenizer(path: str | Path = TINY, trust_remote_code: bool = False) -> Any:
@@ -146,15 +195,16 @@ def _from_pretrained(auto: Any, key: str, path: str | Path, **kwargs: Any) -> An
     """Load what the argument `key` names; whatever is wrong with the files is one sentence about that argument."""
     source = resolve(path)
     folder = Path(source).expanduser()
+    or_name = " or a Hub name" if key.startswith("reward") else ", a Hub name or 'tiny'"
     if folder.is_dir():
         source = str(folder)
     elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise InputError(f"{key}: there is no folder {path}; give a model folder, a Hub name or 'tiny'")
+        raise InputError(f"{key}: there is no folder {path}; give a model folder{or_name}")
     try:
         return auto.from_pretrained(source, **kwargs)
     except Exception as error:  # broken files end in errors of safetensors, torch, json, huggingface_hub, ...
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise InputError(
             f"{key}: cannot load {str(path)!r} ({type(error).__name__}: {reason}); "
-            f"give a complete model folder, a Hub name or 'tiny'"
+            f"give a complete model folder{or_name}"
         ) from error

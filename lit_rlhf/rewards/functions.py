@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_rlhf.errors import InputError
 
@@ -38,7 +38,8 @@ class RewardFunctions:
 
     Args:
         funcs: a function, or its import string ("my_file.my_function"; the current directory is searched
-            first, as `python -m` does, and stays on `sys.path`), or several of them.
+            first, as `python -m` does, and stays on `sys.path`), or several of them. A string that is a folder or
+            has a "/" is a reward model's path or Hub name, see `RewardModel`; so is the model itself.
         weights: one per function; all 1 if not given.
 
     Attributes:
@@ -99,6 +100,13 @@ class RewardFunctions:
         total = torch.where(absent, 0.0, parts) @ torch.tensor(self.weights, dtype=torch.float32)
         return torch.where(absent.all(1), torch.nan, total), parts
 
+    def to(self, device: torch.device | str) -> RewardFunctions:
+        """Move the reward models to `device`."""
+        for fn in self.funcs:
+            if hasattr(fn, "to"):
+                fn.to(device)
+        return self
+
     def accuracy(self, parts: Tensor) -> Tensor | None:
         """Return the first verifier's column `[N]` of `parts` `[N, F]`, or `None` if no function is one."""
         for column, fn in enumerate(self.funcs):
@@ -126,11 +134,19 @@ def reward_functions(
 
 
 def _resolve(fn: RewardFunction | str) -> RewardFunction:
+    if isinstance(fn, nn.Module) or (isinstance(fn, str) and _is_model(fn)):
+        from lit_rlhf.rewards.models import RewardModel  # Transformers is heavy
+
+        return RewardModel(fn)
     if isinstance(fn, str):
         return _imported(fn)
     if not callable(fn):
         raise InputError(f"a reward function must be a callable or an import string, got {fn!r}")
     return fn
+
+
+def _is_model(name: str) -> bool:
+    return "/" in name or Path(name).is_dir()
 
 
 def _imported(path: str) -> RewardFunction:
@@ -204,6 +220,8 @@ def _call(fn: RewardFunction, name: str, offered: dict[str, Any]) -> Any:
     keywords = {key: list(values) for key, values in _wanted(fn, name, offered).items()}  # copies: it may change them
     try:
         return fn(**keywords)
+    except InputError:  # says it itself
+        raise
     except Exception as error:
         raise InputError(f"reward function {name} raised {type(error).__name__}: {error}") from error
 

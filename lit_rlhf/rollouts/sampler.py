@@ -90,7 +90,7 @@ def _score(
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     columns = {name: [v for v in values for _ in range(group_size)] for name, values in prompts.columns.items()}
     prompt_texts = columns.pop("prompt")
-    total, parts = rewards(prompt_texts, texts, ids, columns)
+    total, parts = rewards.to(rollout.response_ids.device)(prompt_texts, texts, ids, columns)
     return total.to(rollout.response_ids.device), parts.to(rollout.response_ids.device)
 
 
