@@ -58,9 +58,10 @@ def documented():
 @pytest.mark.slow
 def test_the_metrics_table_is_what_runs_log():
     sampling = SamplingConfig(max_new_tokens=8)
+    sampled = {"validation_samples": 4, "sampling": sampling}
     small = {"prompts_per_rollout": 4, "group_size": 2, "kl_coef": 0.1, "entropy_coef": 0.01, "sampling": sampling}
     stale = {"importance_correction": "token", "target_kl": 1.0}
-    found = logged(DAPO(**small, **stale)) | logged(GRPO(**small)) | logged(SFT(batch_size=4, sampling=sampling))
+    found = logged(DAPO(**small, **stale)) | logged(GRPO(**small)) | logged(SFT(batch_size=4, **sampled))
     found |= logged(ConservativePPO(**small)) | logged(ReMax(**small))
     found |= logged(DPO(batch_size=4, sampling=sampling)) | logged(RewardModeling(batch_size=4, center_coef=0.01))
     assert documented() == found

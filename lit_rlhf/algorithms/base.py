@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -12,23 +11,23 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, lr_factor, recommended_lr
+from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
 from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import Cells, MaskedStats
 from lit_rlhf.models.loading import max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.ranks import gather_objects
-from lit_rlhf.rewards import RewardFunctions, reward_functions
+from lit_rlhf.rewards import Judges, RewardFunctions, reward_functions
 from lit_rlhf.rollouts.engines import RolloutEngine
 from lit_rlhf.rollouts.loader import PromptLoader, step_counts
-from lit_rlhf.rollouts.sampler import default_engine, sample_and_score
+from lit_rlhf.rollouts.sampler import TRAINING, default_engine, sample_and_score
 from lit_rlhf.rollouts.state import LoopState, check_resumable, check_same_model, rewind_to_step
 from lit_rlhf.text import encode_prompt
 from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Row, SamplingConfig, ScoredRollout
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 RewardFunction = Callable[..., Any]
-_TRAINING, _VALIDATION = 0, 1  # stages with random numbers of their own
 
 
 class ModuleArgs(TypedDict, total=False):
@@ -110,12 +109,13 @@ class RLHFModule(LightningModule):
         self.validation_samples, self.seed = validation_samples, seed
         self.sampling = SamplingConfig(**sampling) if isinstance(sampling, Mapping) else sampling or SamplingConfig()
         self.rewards = reward_functions(reward_funcs, reward_weights)
+        self.judges = Judges(self.rewards)  # and, from `setup` on, the data module's own: validation scores with them
         self.engine = engine or default_engine(self.models.policy, self.tokenizer, self.sampling.stop)
         self.loop = LoopState()
         self.validated_at = -1  # global step
         self.stats = MaskedStats(self.stats_spec)
         self._before_step: dict[str, Any] | None = None  # the metrics at the beginning of the optimiser step
-        self.validation_stats = MaskedStats({f"val/{n}": ("value",) for n in _VALIDATION_NAMES})
+        self.validation_stats = MaskedStats(VALIDATION_STATS)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
@@ -129,19 +129,16 @@ class RLHFModule(LightningModule):
         limit = max_positions(self.models.policy)
         return None if limit is None else limit - self.sampling.max_new_tokens
 
-    def sample(
-        self, prompts: PromptBatch, sampling: SamplingConfig | None = None, stage: int = _TRAINING
-    ) -> ScoredRollout:
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig | None = None) -> ScoredRollout:
         """Sample completions with the current weights and score them with the reward functions.
 
         Args:
             prompts: B prompts; their stream positions become the group ids and seed their random numbers.
             sampling: by default the module's own; N = B * `sampling.group_size` rows come back.
-            stage: keeps apart the random numbers of training and validation.
         """
         self.engine.update_weights(self.models.policy, self.loop.iteration)
         sampling = sampling or self.sampling
-        return sample_and_score(self.engine, self.tokenizer, self.rewards, prompts, sampling, self.seed, stage)
+        return sample_and_score(self.engine, self.tokenizer, self.rewards, prompts, sampling, self.seed, TRAINING)
 
     def accuracy(self, rollout: ScoredRollout) -> Tensor | None:
         """`[N]`, 1 for a right completion and 0 for a wrong one; None if no reward function is a verifier."""
@@ -293,16 +290,10 @@ class RLHFModule(LightningModule):
             self.log(name, value, prog_bar=name in self.progress_keys, logger=False, batch_size=1)
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Greedy and sampled completions of held-out prompts: reward, accuracy, length."""
-        samples = {"greedy": replace(self.sampling, temperature=0.0, group_size=1)}
-        samples["sampled"] = replace(self.sampling, group_size=self.validation_samples)
-        for kind, sampling in samples.items():
-            rollout = self.sample(prompts, sampling, stage=_VALIDATION)
-            found = {"reward": rollout.raw_rewards, "response_length": rollout.lengths.float()}
-            right = self.accuracy(rollout)
-            if right is not None:
-                found["accuracy"] = right
-            self.validation_stats.update({f"val/{k}_{kind}": (v, ~v.isnan()) for k, v in found.items()})
+        """Greedy and sampled completions of held-out prompts, see `validation_stats`."""
+        cells = validation_stats(self, prompts)
+        self.validation_stats.extend(cells)
+        self.validation_stats.update(cells)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics; `val/accuracy_sampled` and its kin can be monitored by callbacks."""
@@ -315,10 +306,11 @@ class RLHFModule(LightningModule):
     # -- data ----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Take the data module's reward functions where none were given."""
-        data = getattr(self.trainer, "datamodule", None)
-        if self.rewards is None and data is not None and data.reward_funcs:
-            self.rewards = RewardFunctions(data.reward_funcs)
+        """Take the data module's reward functions: to train on where none were given, and to judge by in any case."""
+        own = getattr(getattr(self.trainer, "datamodule", None), "reward_funcs", ())
+        if self.rewards is None and own:
+            self.rewards = RewardFunctions(own)
+        self.judges = Judges(self.rewards, own)
 
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> Any:
         """What Lightning iterates over in training; `rows_of(i)` is the dataset of pass i."""
@@ -369,8 +361,3 @@ class RLHFModule(LightningModule):
         self.stats.extend(own["counted"])
         for name, value in own["stats"].items():
             setattr(self.stats, name, value.to(self.device))
-
-
-_VALIDATION_NAMES = [
-    f"{what}_{how}" for what in ("reward", "accuracy", "response_length") for how in ("greedy", "sampled")
-]

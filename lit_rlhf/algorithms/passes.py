@@ -7,8 +7,8 @@ from typing import Any
 
 from lit_rlhf.algorithms.base import RLHFModule
 from lit_rlhf.errors import InputError
-from lit_rlhf.rollouts.loader import PassLoader
-from lit_rlhf.types import Row
+from lit_rlhf.rollouts.loader import PassLoader, shares
+from lit_rlhf.types import PreferenceBatch, Row
 
 Collate = Callable[[list[Row]], Any]
 
@@ -55,14 +55,26 @@ def pass_loader(
 
 
 class HeldOutLoader:
-    """Held-out rows in batches, this rank's share of them."""
+    """Held-out pairs in batches, this rank's share of them.
 
-    def __init__(self, rows: Sequence[Row], collate: Collate, batch_size: int, rank: int, world_size: int) -> None:
-        self.rows, self.collate, self.batch_size = rows[rank::world_size], collate, batch_size
+    Every rank has as many batches, see `PromptLoader`; what fills up is the first pair without its tokens.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        collate: Callable[[list[Row]], PreferenceBatch],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.rows, self.collate = rows, collate
+        self.plan = shares(len(rows), batch_size, rank, world_size)
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return len(self.plan)
 
-    def __iter__(self) -> Iterator[Any]:
-        for start in range(0, len(self.rows), self.batch_size):
-            yield self.collate(list(self.rows[start : start + self.batch_size]))
+    def __iter__(self) -> Iterator[PreferenceBatch]:
+        for index in self.plan:
+            batch = self.collate([self.rows[i] for i in index or [0]])
+            yield batch if index else batch.without_tokens()

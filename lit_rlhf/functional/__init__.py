@@ -7,6 +7,7 @@ from lit_rlhf.functional.advantages import (
     rewards_to_go,
 )
 from lit_rlhf.functional.aggregation import aggregate, aggregation_unit
+from lit_rlhf.functional.evaluation import majority_at_k, mean_interval, pass_at_k, rate_interval
 from lit_rlhf.functional.kl import adaptive_kl_coef, approx_kl, doubling_coef, exact_kl, kl_estimate
 from lit_rlhf.functional.logprobs import token_entropy, token_logprobs
 from lit_rlhf.functional.masked import explained_variance, masked_mean, masked_whiten
@@ -44,9 +45,13 @@ __all__ = [
     "importance_weights",
     "kl_estimate",
     "leave_one_out",
+    "majority_at_k",
     "masked_mean",
     "masked_whiten",
+    "mean_interval",
     "overlong_penalty",
+    "pass_at_k",
+    "rate_interval",
     "rewards_to_go",
     "sequence_clipped_policy_loss",
     "token_entropy",

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lit_rlhf.functional.evaluation import wilson
+
 
 class Moments(NamedTuple):
     """Sufficient statistics of K quantities, float64."""
@@ -71,6 +73,14 @@ def effective_share(moments: Moments) -> Tensor:
     """Effective sample size of weights, as a share: (Σw)² / (n·Σw²), `[K]`; 0 where Σw² = 0."""
     count, total, squares = moments.sums
     return torch.where(squares > 0, total.square() / torch.where(squares > 0, count * squares, 1.0), 0.0)
+
+
+def half_width(moments: Moments) -> Tensor:
+    """Half of the 95 % interval of rates, one of each prompt, `[K]`; see `functional.rate_interval`."""
+    count, _, _ = moments.sums
+    variance = std(moments).square() * (count - 1) / count**2
+    low, high = wilson(mean(moments), variance, count, torch.where(count > 1, torch.inf, 1.0))
+    return (high - low) / 2
 
 
 class MomentsMetric(Metric):

@@ -8,10 +8,27 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lit_rlhf.metrics.base import MomentsMetric, _moments_update, effective_share, maximum, mean, minimum, std
+from lit_rlhf.metrics.base import (
+    MomentsMetric,
+    _moments_update,
+    effective_share,
+    half_width,
+    maximum,
+    mean,
+    minimum,
+    std,
+)
 
 Cells: TypeAlias = Mapping[str, tuple[Tensor | float, Tensor | None]]  # name -> values and the mask of those that count
-_STATISTICS = {"value": mean, "mean": mean, "std": std, "max": maximum, "min": minimum, "ess": effective_share}
+_STATISTICS = {
+    "value": mean,
+    "mean": mean,
+    "std": std,
+    "max": maximum,
+    "min": minimum,
+    "ess": effective_share,
+    "ci": half_width,
+}
 _BARE = ("value", "ess")  # logged under the name itself
 
 
@@ -23,7 +40,8 @@ class MaskedStats(MomentsMetric):
     Args:
         names: the quantities. A list logs the mean of each under its own name; a mapping says what to log of each:
             "value" is the mean under the bare name, "mean", "std", "max" and "min" go under `name_mean` and so on;
-            "ess", under the bare name, is the effective share (Σw)² / (n·Σw²) of a sample with these weights.
+            "ess", under the bare name, is the effective share (Σw)² / (n·Σw²) of a sample with these weights, and
+            "ci" half of the 95 % interval of rates.
         **kwargs: of `torchmetrics.Metric`.
 
     >>> stats = MaskedStats({"ratio": ("mean", "max"), "entropy": ("value",)})

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lit_rlhf.rewards.functions import RewardFunctions, reward_functions, verifier
+from lit_rlhf.rewards.judges import Judges
 from lit_rlhf.rewards.verifiers import exact_match, final_number, numeric_answer
 
 if TYPE_CHECKING:
     from lit_rlhf.rewards.models import RewardModel
 
 __all__ = [
+    "Judges",
     "RewardFunctions",
     "RewardModel",
     "exact_match",

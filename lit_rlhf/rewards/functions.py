@@ -7,9 +7,9 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,24 @@ F = TypeVar("F", bound=RewardFunction)
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def verifier(fn: F) -> F:
-    """Mark a reward function as one that tells right (1.0) from wrong (0.0): accuracy is read off it."""
-    fn.verifies = True  # type: ignore[attr-defined]
+@overload
+def verifier(fn: F) -> F: ...
+@overload
+def verifier(*, answer: Callable[[str], Hashable | None]) -> Callable[[F], F]: ...
+def verifier(fn: F | None = None, *, answer: Callable[[str], Hashable | None] | None = None) -> Any:
+    """Mark a reward function as one that tells right (1.0) from wrong (0.0): accuracy is read off it.
+
+    `@verifier`, or `@verifier(answer=final_number)` to say what in a completion is the answer, so that completions
+    can vote: equal answers are one, `None` is no answer. Without it the whole completion votes, but for white space
+    around it.
+    """
+    if fn is None:
+        return functools.partial(_marked, answer=answer)
+    return _marked(fn, answer)
+
+
+def _marked(fn: F, answer: Callable[[str], Hashable | None] | None) -> F:
+    fn.verifies, fn.answer = True, answer  # type: ignore[attr-defined]
     return fn
 
 

@@ -27,7 +27,7 @@ def exact_match(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> 
     return [None if right is None else float(completion.strip() == str(right).strip()) for completion, right in pairs]
 
 
-@verifier
+@verifier(answer=lambda completion: final_number(completion))
 def numeric_answer(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> list[float | None]:
     """Return 1.0 where the completion's final number equals the answer, as GSM8K is graded.
 

@@ -119,21 +119,35 @@ class PassLoader:
 
 
 class PromptLoader:
-    """Held-out prompts in batches, this rank's share of them."""
+    """Held-out prompts in batches, this rank's share of them.
+
+    Every rank has as many batches as the first: Lightning would leave a rank without any out of the validation that the
+    others wait for it in. What fills up is the first row, as a `filler`.
+    """
 
     def __init__(
         self, rows: Sequence[Row], encode: Callable[[str], list[int]], batch_size: int, rank: int, world_size: int
     ) -> None:
-        self.rows, self.encode, self.batch_size = rows, encode, batch_size
-        self.index = range(rank, len(rows), world_size)
+        self.rows, self.encode = rows, encode
+        self.plan = shares(len(rows), batch_size, rank, world_size)
 
     def __len__(self) -> int:
-        return -(-len(self.index) // self.batch_size)
+        return len(self.plan)
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        for start in range(0, len(self.index), self.batch_size):
-            index = list(self.index[start : start + self.batch_size])
-            yield prompt_batch([self.rows[i] for i in index], self.encode, index)
+        for index in self.plan:
+            batch = prompt_batch([self.rows[i] for i in index or [0]], self.encode, index or [0])
+            yield replace(batch, filler=not index)
+
+
+def shares(rows: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """The row numbers of this rank's batches; every rank has as many batches, and a last one may be empty.
+
+    >>> shares(5, 2, rank=0, world_size=2), shares(5, 2, rank=1, world_size=2)
+    ([[0, 2], [4]], [[1, 3], []])
+    """
+    mine, most = range(rank, rows, world_size), -(-rows // world_size)
+    return [list(mine[start : start + batch_size]) for start in range(0, most, batch_size)]
 
 
 def prompt_batch(rows: Sequence[Row], encode: Callable[[str], list[int]], index: list[int]) -> PromptBatch:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.wrapper import PolicyReferenceValue
 from lit_rlhf.ranks import sum_over_ranks
-from lit_rlhf.rewards import RewardFunctions
+from lit_rlhf.rewards import Judges, RewardFunctions
 from lit_rlhf.rollouts.engines import RolloutEngine, TransformersEngine
 from lit_rlhf.rollouts.random import mix_seed
 from lit_rlhf.types import PromptBatch, Rollout, SamplingConfig, ScoredRollout
 
+TRAINING, VALIDATION, OPPONENT = 0, 1, 2  # stages with random numbers of their own
 NO_REWARDS = "no reward function: give reward_funcs=[...] (on the command line reward.funcs=[my_file.my_function])"
 
 
@@ -24,7 +25,7 @@ NO_REWARDS = "no reward function: give reward_funcs=[...] (on the command line r
 def sample_and_score(
     engine: RolloutEngine,
     tokenizer: Any,
-    rewards: RewardFunctions | None,
+    rewards: RewardFunctions | Judges | None,
     prompts: PromptBatch,
     sampling: SamplingConfig,
     *seed: int,
@@ -42,10 +43,10 @@ def sample_and_score(
     Raises:
         InputError: there is no reward function, or one returned something that is no reward.
     """
-    if rewards is None:
+    if not rewards:
         raise InputError(NO_REWARDS)
     rollout = engine.generate(prompts.prompt_ids, sampling, [mix_seed(*seed, i) for i in prompts.index])
-    total, parts = _score(rewards, tokenizer, prompts, rollout, sampling.group_size)
+    total, parts = score_texts(rewards, tokenizer, prompts, rollout, sampling.group_size)
     group_ids = torch.tensor(prompts.index, device=total.device).repeat_interleave(sampling.group_size)
     kept = {f.name: getattr(rollout, f.name) for f in fields(Rollout)} | {"group_ids": group_ids}
     return ScoredRollout(
@@ -81,17 +82,27 @@ def start_of_update(
     return replace(rollout, values=found.values, bootstrap=last)
 
 
-def _score(
-    rewards: RewardFunctions, tokenizer: Any, prompts: PromptBatch, rollout: Rollout, group_size: int
+def score_texts(
+    rewards: RewardFunctions | Judges, tokenizer: Any, prompts: PromptBatch, rollout: Rollout, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum `[N]` and single rewards `[N, F]`, on the rollout's device."""
-    masks = rollout.response_mask.cpu()
-    ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids.cpu(), masks, strict=True)]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     columns = {name: [v for v in values for _ in range(group_size)] for name, values in prompts.columns.items()}
     prompt_texts = columns.pop("prompt")
-    total, parts = rewards.to(rollout.response_ids.device)(prompt_texts, texts, ids, columns)
-    return total.to(rollout.response_ids.device), parts.to(rollout.response_ids.device)
+    device = rollout.response_ids.device
+    total, parts = rewards.to(device)(prompt_texts, decode(tokenizer, rollout), sampled_ids(rollout), columns)
+    return total.to(device), parts.to(device)
+
+
+def decode(tokenizer: Any, rollout: Rollout) -> list[str]:
+    """The completions as texts, without special tokens."""
+    texts: list[str] = tokenizer.batch_decode(sampled_ids(rollout), skip_special_tokens=True)
+    return texts
+
+
+def sampled_ids(rollout: Rollout) -> list[list[int]]:
+    """The token ids of each completion, without padding."""
+    masks = rollout.response_mask.cpu()
+    return [row[mask].tolist() for row, mask in zip(rollout.response_ids.cpu(), masks, strict=True)]
 
 
 def default_engine(policy: nn.Module, tokenizer: Any, stop: Sequence[str]) -> TransformersEngine:

@@ -89,6 +89,7 @@ class PromptBatch:
     prompt_ids: list[list[int]]  # B lists of token ids, unpadded
     columns: dict[str, list[Any]]  # the dataset's columns, B values each; "prompt" is the text
     index: list[int]  # B stream positions
+    filler: bool = False  # there only to give every rank as many batches; counts for nothing
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -130,6 +131,11 @@ class PreferenceBatch(Rows):
     def response_mask(self) -> Tensor:
         """`[N, T]` bool, the cells that either completion fills: what a step's counts are taken from."""
         return self.chosen_mask | self.rejected_mask
+
+    def without_tokens(self) -> PreferenceBatch:
+        """The same batch with empty completions: pairs that count for nothing."""
+        nothing = {name: torch.zeros_like(getattr(self, name)) for name in ("chosen_mask", "rejected_mask")}
+        return replace(self, **nothing)
 
     def completions(self) -> CompletionBatch:
         """The 2N completions as rows of one batch: all the chosen ones, then all the rejected ones."""

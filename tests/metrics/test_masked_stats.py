@@ -105,7 +105,7 @@ def test_reset_forgets():
 
 
 def test_bad_names_are_named():
-    with pytest.raises(ValueError, match="among value, mean, std, max, min, ess, got median"):
+    with pytest.raises(ValueError, match="among value, mean, std, max, min, ess, ci, got median"):
         MaskedStats({"x": ("mean", "median")})
     with pytest.raises(ValueError, match="unknown name y: this metric knows x, z"):
         MaskedStats(["x", "z"]).update({"y": (1.0, None)})

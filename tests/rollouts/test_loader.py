@@ -235,7 +235,10 @@ def test_held_out_prompts_are_shared_out_without_overlap(world_size):
     rows = [{"prompt": str(i)} for i in range(2, 9)]
     loaders = [PromptLoader(rows, ENCODE, 2, rank, world_size) for rank in range(world_size)]
     assert all(len(list(loader)) == len(loader) for loader in loaders)
-    batches = [batch for loader in loaders for batch in loader]
+    assert len({len(loader) for loader in loaders}) == 1, "a rank without a batch would not wait for the others"
+    every = [batch for loader in loaders for batch in loader]
+    assert [batch.index for batch in every if batch.filler] == [[0]] * (2 if world_size == 3 else 0)
+    batches = [batch for batch in every if not batch.filler]
     assert sorted(p[0] for batch in batches for p in batch.prompt_ids) == list(range(2, 9))
     assert sorted(i for batch in batches for i in batch.index) == list(range(7))
     assert all(p[0] - 2 == i for batch in batches for p, i in zip(batch.prompt_ids, batch.index, strict=True))
