@@ -21,7 +21,7 @@ LAYERS = (  # lowest first; parts of one layer do not know each other
     {"metrics", "models"},
     {"rewards"},
     {"rollouts", "data"},
-    {"callbacks", "loggers", "checkpoints"},
+    {"callbacks", "loggers", "checkpoints", "evaluation"},
     {"algorithms"},
     {"cli"},
     {"train", "evaluate"},

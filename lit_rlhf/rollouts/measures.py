@@ -22,22 +22,20 @@ def measures(
         judges: what scored them.
         completions: their texts, which vote.
         group_size: completions per prompt.
-        ks: of pass@k and maj@k, at most `group_size` each. A prompt with fewer verdicts than k has neither.
+        ks: of pass@k and maj@k, at most `group_size` each; maj@1 is pass@1. A prompt with fewer verdicts than k has
+            neither.
     """
-    found = {"reward": rollout.raw_rewards}
+    right, found = judges.accuracy(rollout.reward_parts), {}
+    if right is not None:
+        found["accuracy"] = right
+        verdicts = right.double().view(-1, group_size).cpu()
+        answers = judges.answers(completions) if ks else []
+        voters = [answers[i : i + group_size] for i in range(0, len(answers), group_size)]
+        found |= {f"pass_at_{k}": passes(verdicts, k) for k in ks}
+        found |= {f"maj_at_{k}": majorities(verdicts, voters, k) for k in ks if k > 1}
+    found["reward"] = rollout.raw_rewards
     found |= {f"rewards/{name}": rollout.reward_parts[:, i] for i, name in enumerate(judges.names)}
-    found |= {"response_length": rollout.lengths.double(), "truncated_fraction": rollout.truncated.double()}
-    right = judges.accuracy(rollout.reward_parts)
-    if right is None:
-        return found
-    found["accuracy"] = right
-    verdicts = right.double().view(-1, group_size).cpu()
-    answers = judges.answers(completions) if ks else []
-    voters = [answers[i : i + group_size] for i in range(0, len(answers), group_size)]
-    for k in ks:
-        found[f"pass_at_{k}"] = passes(verdicts, k)
-        found[f"maj_at_{k}"] = majorities(verdicts, voters, k)
-    return found
+    return {**found, "response_length": rollout.lengths.double(), "truncated_fraction": rollout.truncated.double()}
 
 
 def passes(verdicts: Tensor, k: int) -> Tensor:

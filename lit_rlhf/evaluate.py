@@ -1,0 +1,191 @@
+"""Evaluate a model: `python -m lit_rlhf.evaluate model.path=DIR data.path=FILE`.
+
+Writes `evaluation.json`, every figure with its interval, and `samples.jsonl`, every completion, into the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lit_rlhf import __version__, cli
+from lit_rlhf.config import check_config, check_elsewhere, check_targets, check_top_level
+from lit_rlhf.errors import InputError, check_choice, check_number
+
+_KINDS = {
+    "samples": (int,),
+    "ks": (list, type(None)),
+    "greedy": (bool,),
+    "split": (str,),
+    "limit": (int, type(None)),
+    "batch_size": (int,),
+    "ckpt_path": (str, type(None)),
+    "reference": (dict,),
+    "against": (dict,),
+    "judge": (str, type(None)),
+    "device": (str, type(None)),
+}
+_SPLITS = ("held_out", "train", "all")
+
+
+def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
+    """Build what `cfg` describes, evaluate, and leave `evaluation.json` and `samples.jsonl` in `folder`.
+
+    Returns:
+        What stands in `evaluation.json`: `model`, `data`, `settings`, `versions` and `metrics`, where each metric has
+        `value`, `low` and `high` (95 %, by prompt), `prompts` and `samples`.
+    """
+    cli.start(cfg)
+    import torch
+
+    from lit_rlhf.evaluation import Candidate, check_same_vocabulary, evaluate_rows
+    from lit_rlhf.models.wrapper import tokenizer_for
+    from lit_rlhf.rewards import Judges, RewardFunctions
+    from lit_rlhf.rollouts.sampler import OPPONENT
+    from lit_rlhf.types import SamplingConfig
+
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    data = instantiate(cfg.data)
+    rows = _rows(data, cfg.split)[: cfg.limit]
+    policy = instantiate(cfg.model).to(device)
+    if cfg.ckpt_path:
+        _load_policy(policy, cfg.ckpt_path)
+    sampling: SamplingConfig = instantiate(cfg.rollout, group_size=cfg.samples)
+    judges = Judges(instantiate(cfg.reward), data.reward_funcs)
+    tokenizer = tokenizer_for(policy, cli.build_tokenizer(cfg.tokenizer))
+    candidate = Candidate(policy, tokenizer, judges, stop=sampling.stop, seed=cfg.seed)
+    reference = opponent = None
+    if cfg.reference.path:
+        reference = instantiate(cfg.reference).to(device).eval()
+        check_same_vocabulary(policy, reference)
+    if cfg.against.path:
+        other = instantiate(cfg.against).to(device)
+        opponent = Candidate(other, tokenizer_for(other), judges, stop=sampling.stop, seed=cfg.seed, stage=OPPONENT)
+    with Path(folder, "samples.jsonl").open("w", encoding="utf-8") as file:
+        metrics = evaluate_rows(
+            candidate,
+            rows,
+            sampling,
+            ks=_ks(cfg),
+            batch_size=cfg.batch_size,
+            greedy=cfg.greedy,
+            reference=reference,
+            against=opponent,
+            judge=RewardFunctions(cfg.judge) if cfg.judge else None,
+            record=lambda line: file.write(json.dumps(line, ensure_ascii=False) + "\n"),
+        )
+    settings = {"sampling": asdict(sampling), "ks": _ks(cfg), "rewards": judges.names, "judge": cfg.judge}
+    report = _described(cfg, policy, settings) | {"metrics": metrics}
+    report["data"]["prompts"] = len(rows)
+    Path(folder, "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return report
+
+
+def _rows(data: Any, split: str) -> list[dict[str, Any]]:
+    parts = {"held_out": data.held_out_rows, "train": data.train_rows}
+    rows = [row for name, part in parts.items() if split in (name, "all") for row in part]
+    if not rows:
+        raise InputError(
+            f"split={split} of the data has no rows; give split=train or split=all, or data with held-out rows"
+        )
+    return rows
+
+
+def _ks(cfg: DictConfig) -> list[int]:
+    if cfg.ks is not None:
+        return sorted(set(cfg.ks))
+    return sorted({*(1 << i for i in range(cfg.samples.bit_length())), cfg.samples})
+
+
+def _load_policy(policy: Any, ckpt_path: str) -> None:
+    """Give `policy` the weights that a checkpoint of a run has for it."""
+    from lit_rlhf.checkpoints import AtomicCheckpointIO
+
+    prefix = "models.policy."
+    saved = AtomicCheckpointIO().load_checkpoint(ckpt_path)["state_dict"]
+    weights = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"ckpt_path: the policy in {ckpt_path} is no model like model.path; give the model that the run began with "
+            f"({str(error).splitlines()[-1].strip()})"
+        ) from error
+
+
+def _described(cfg: DictConfig, policy: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """What was evaluated, and with what."""
+    import torch
+    import transformers
+
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {
+        "model": {
+            **plain["model"],
+            "ckpt_path": cfg.ckpt_path,
+            "parameters": sum(p.numel() for p in policy.parameters()),
+        },
+        "reference": cfg.reference.path,
+        "against": cfg.against.path,
+        "data": {**plain["data"], "split": cfg.split},
+        "settings": {**settings, "batch_size": cfg.batch_size, "greedy": cfg.greedy, "seed": cfg.seed},
+        "versions": {
+            "lit_rlhf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def check_evaluation(config: Mapping[str, Any]) -> None:
+    """Check all that `evaluate` will read, before anything heavy is imported.
+
+    Raises:
+        InputError: the first thing that cannot be used.
+    """
+    for name in ("reference", "against"):
+        if not isinstance(config[name], dict):
+            raise InputError(f"{name} must be given as {name}.path=..., got {config[name]!r}")
+    check_top_level(config, _KINDS)
+    for name in ("samples", "batch_size"):
+        check_number(name, config[name], at_least=1)
+    if config["limit"] is not None:
+        check_number("limit", config["limit"], at_least=1)
+    for k in config["ks"] or ():
+        if type(k) is not int or not 1 <= k <= config["samples"]:
+            raise InputError(f"ks must be from 1 to samples={config['samples']}, got {k!r}")
+    check_choice("split", config["split"], _SPLITS)
+    check_targets(config, ("model", "data", "reward", "rollout"))
+    check_elsewhere(config, {"rollout.group_size": "samples=..."})
+    if config["judge"] is not None and config["against"]["path"] is None:
+        raise InputError("judge decides who wins, and there is nobody to win against; give against.path=...")
+    absent = [name for name in ("reference", "against") if config[name].get("path") is None]
+    check_config({**config, **{name: {**config[name], "path": ""} for name in absent}})
+
+
+def _run(cfg: DictConfig) -> None:
+    from lit_rlhf.evaluation import table
+
+    folder = cli.run_folder()
+    report = evaluate(cfg, folder)
+    data, samples = report["data"], report["settings"]["sampling"]["group_size"]
+    name = data["_target_"].rpartition(".")[2]
+    print(f"{data['prompts']} prompts ({data['split']} of {name}), {samples} completions each")
+    print(*table(report["metrics"]), folder, sep="\n")
+
+
+def main() -> None:
+    """Entry point of `python -m lit_rlhf.evaluate`."""
+    cli.main("evaluate", check_evaluation, _run)
+
+
+if __name__ == "__main__":
+    main()
