@@ -124,7 +124,7 @@ def test_data_that_cannot_be_used(here):
     assert sentence_of("data.path=binary.jsonl").startswith("binary.jsonl is not a text file")
     sentence = sentence_of("data.path=long.jsonl")
     assert sentence.startswith("1 of 4 training prompts do not fit the model: the longest has 182 tokens")
-    assert "data.drop_long_prompts=true" in sentence
+    assert "data.long_rows=drop" in sentence
     sentence = sentence_of("algo=sft", "data.path=prompts.jsonl", "algo.batch_size=4")
     assert sentence.startswith("SFT needs a text 'completion' in every row")
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_rlhf import DAPO, DPO, GRPO, SFT, ConservativePPO, ReMax, RewardModeling
-from lit_rlhf.data import ArithmeticData
+from lit_rlhf.data import ArithmeticData, RowsDataModule
 from lit_rlhf.types import SamplingConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -25,7 +25,7 @@ class Names(DummyLogger):
         self.names |= set(metrics)
 
 
-def logged(module):
+def logged(module, **data):
     logger = Names()
     trainer = Trainer(
         max_epochs=1,
@@ -37,8 +37,12 @@ def logged(module):
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(module, datamodule=ArithmeticData(held_out=8, train_size=8))
+    trainer.fit(module, datamodule=RowsDataModule(**data) if data else ArithmeticData(held_out=8, train_size=8))
     return logger.names
+
+
+def length(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
 
 
 def documented():
@@ -64,4 +68,6 @@ def test_the_metrics_table_is_what_runs_log():
     found = logged(DAPO(**small, **stale)) | logged(GRPO(**small)) | logged(SFT(batch_size=4, **sampled))
     found |= logged(ConservativePPO(**small)) | logged(ReMax(**small))
     found |= logged(DPO(batch_size=4, sampling=sampling)) | logged(RewardModeling(batch_size=4, center_coef=0.01))
+    rows = [{"prompt": "1+2=" + "0" * zeros} for zeros in (0, 0, 0, 0, 200)]
+    found |= logged(GRPO(**small, reward_funcs=[length]), train_rows=rows, held_out_rows=rows, long_rows="drop")
     assert documented() == found

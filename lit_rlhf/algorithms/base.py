@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, lr_factor, recommended_lr
 from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
+from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import Cells, MaskedStats
-from lit_rlhf.models.loading import max_positions
+from lit_rlhf.models.loading import end_tokens, max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.ranks import gather_objects
 from lit_rlhf.rewards import Judges, RewardFunctions, reward_functions
@@ -23,7 +24,7 @@ from lit_rlhf.rollouts.engines import RolloutEngine
 from lit_rlhf.rollouts.loader import PromptLoader, step_counts
 from lit_rlhf.rollouts.sampler import TRAINING, default_engine, sample_and_score
 from lit_rlhf.rollouts.state import LoopState, check_resumable, check_same_model, rewind_to_step
-from lit_rlhf.text import encode_prompt
+from lit_rlhf.text import Text
 from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Row, SamplingConfig, ScoredRollout
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -69,6 +70,7 @@ class RLHFModule(LightningModule):
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # logged name -> which of value, mean, std, min, max
     progress_keys: ClassVar[tuple[str, ...]] = ("loss/loss",)  # shown in the progress bar
     learns_from_feedback: ClassVar[bool] = True  # imitation takes other learning rates
+    completion_columns: ClassVar[tuple[str, ...]] = ()  # of the data, that it trains on; none where it samples its own
 
     def __init__(
         self,
@@ -110,6 +112,7 @@ class RLHFModule(LightningModule):
         self.sampling = SamplingConfig(**sampling) if isinstance(sampling, Mapping) else sampling or SamplingConfig()
         self.rewards = reward_functions(reward_funcs, reward_weights)
         self.judges = Judges(self.rewards)  # and, from `setup` on, the data module's own: validation scores with them
+        self.encoder = Encoder(self.tokenizer, end_tokens(self.models.policy, self.tokenizer))
         self.engine = engine or default_engine(self.models.policy, self.tokenizer, self.sampling.stop)
         self.loop = LoopState()
         self.validated_at = -1  # global step
@@ -119,15 +122,19 @@ class RLHFModule(LightningModule):
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt."""
-        return encode_prompt(self.tokenizer, text)
+    def encode_prompt(self, prompt: Text) -> list[int]:
+        """Token ids of a prompt to sample from, a text or chat messages; see `Encoder.prompt`."""
+        return self.encoder.prompt(prompt, self.prompt_limit)
 
     @property
     def prompt_limit(self) -> int | None:
-        """Most tokens that a prompt may have; None where the model's configuration does not say."""
-        limit = max_positions(self.models.policy)
-        return None if limit is None else limit - self.sampling.max_new_tokens
+        """Most tokens that a prompt to sample from may have; None where the model's configuration does not say."""
+        return None if self.row_limit is None else self.row_limit - self.sampling.max_new_tokens
+
+    @property
+    def row_limit(self) -> int | None:
+        """Most tokens that a prompt and its completion may have; None where the model's configuration does not say."""
+        return max_positions(self.models.policy)
 
     def sample(self, prompts: PromptBatch, sampling: SamplingConfig | None = None) -> ScoredRollout:
         """Sample completions with the current weights and score them with the reward functions.

@@ -6,16 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lit_rlhf.algorithms.base import RLHFModule
+from lit_rlhf.data.columns import check_completions
 from lit_rlhf.errors import InputError
 from lit_rlhf.rollouts.loader import PassLoader, shares
 from lit_rlhf.types import PreferenceBatch, Row
 
 Collate = Callable[[list[Row]], Any]
-
-
-def has_texts(row: Row, columns: Sequence[str]) -> bool:
-    """Whether each of the columns holds a text."""
-    return all(isinstance(row.get(column), str) for column in columns)
 
 
 def pass_loader(
@@ -33,7 +29,7 @@ def pass_loader(
         rows_of: the dataset of pass i.
         collate: turns rows into a batch.
         batch_size: rows of an optimiser step, over its micro-batches and ranks.
-        columns: what every row needs a text in, beside its prompt.
+        columns: of the completions, which every row needs and which are encoded in each pass.
         what: the rows are to the user.
 
     Raises:
@@ -47,11 +43,14 @@ def pass_loader(
     first = rows_of(0)
     if len(first) < batch_size:
         raise InputError(f"{len(first)} {what} do not fill one batch of algo.batch_size={batch_size}")
-    if unfit := [row for row in first if not has_texts(row, columns)]:
-        needed, given = " and ".join(f"a text {column!r}" for column in columns), ", ".join(sorted(unfit[0]))
-        name = type(module).__name__
-        raise InputError(f"{name} needs {needed} in every row; {len(unfit)} of {len(first)} have not, only {given}")
-    return PassLoader(module, rows_of, collate, batch_size)
+    check_completions(first, columns, type(module).__name__)
+
+    def encoded(iteration: int) -> Sequence[Row]:
+        rows = rows_of(iteration)
+        module.encoder.prepare(rows, columns)
+        return rows
+
+    return PassLoader(module, encoded, collate, batch_size)
 
 
 class HeldOutLoader:

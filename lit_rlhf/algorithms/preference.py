@@ -11,20 +11,18 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
-from lit_rlhf.algorithms.passes import HeldOutLoader, has_texts, pass_loader
+from lit_rlhf.algorithms.passes import HeldOutLoader, pass_loader
 from lit_rlhf.algorithms.preference_stats import Comparison, pair_stats, ranking
 from lit_rlhf.data.collate import collate_preferences
+from lit_rlhf.data.columns import is_text
 from lit_rlhf.data.reference_cache import ReferenceCache
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.functional.masked import zero_outside
-from lit_rlhf.models.loading import max_positions, vocabulary_size
+from lit_rlhf.models.loading import vocabulary_size
 from lit_rlhf.models.wrapper import ValueKind
 from lit_rlhf.rollouts.loader import PassLoader, step_counts
-from lit_rlhf.text import encode_completion
 from lit_rlhf.types import PreferenceBatch, PromptBatch, Row
 from lit_rlhf.types.preference_dicts import preference_batch_from_dict
-
-_PAIR = ("chosen", "rejected")
 
 
 class PreferenceArgs(ModuleArgs, total=False):
@@ -50,6 +48,7 @@ class PreferenceModule(RLHFModule):
         **module: the arguments of `RLHFModule`.
     """
 
+    completion_columns = ("chosen", "rejected")
     samples_in_validation: ClassVar[bool] = True  # completions too, where there are reward functions to judge them
     progress_keys = ("loss/loss", "preference/preference_accuracy")
 
@@ -136,7 +135,7 @@ class PreferenceModule(RLHFModule):
 
     def validation_loader(self, rows: Sequence[Row], batch_size: int) -> Any:
         """Held-out pairs, those of the rows that have one, and prompts where there are rewards; by rank."""
-        pairs = [row for row in rows if has_texts(row, _PAIR)]
+        pairs = [row for row in rows if all(is_text(row.get(column)) for column in self.completion_columns)]
         if self.cache is not None:
             self.cache.prepare(self, pairs)
         loaders: list[Any] = []
@@ -154,25 +153,14 @@ class PreferenceModule(RLHFModule):
         cache = "null" if self.cache is None else "a folder"
         return {**super().run_shape, "algo.batch_size": self.batch_size, "algo.reference_cache": cache}
 
-    @property
-    def row_limit(self) -> int | None:
-        """Most tokens that a prompt with either completion may have; None where the configuration does not say."""
-        return max_positions(self.models.policy)
-
-    def row_length(self, row: Row) -> int:
-        """Tokens of a prompt with the longer of its completions and EOS."""
-        texts = [str(row.get(side) or "") for side in _PAIR]
-        longest = max(len(encode_completion(self.tokenizer, text, self.tokenizer.eos_token_id)) for text in texts)
-        return len(self.encode_prompt(row["prompt"])) + longest
-
     def collate(self, rows: Sequence[Row]) -> PreferenceBatch:
         """Rows with `prompt`, `chosen` and `rejected` to a batch."""
-        batch = collate_preferences(self.tokenizer, rows)
+        batch = collate_preferences(self.encoder, rows, self.tokenizer.pad_token_id, self.row_limit)
         return batch if self.cache is None else self.cache.attach(batch, rows)
 
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> PassLoader:
         """Micro-batches of pairs: rows with `prompt`, `chosen` and `rejected`."""
-        loader = pass_loader(self, rows_of, self.collate, self.batch_size, _PAIR, "pairs")
+        loader = pass_loader(self, rows_of, self.collate, self.batch_size, self.completion_columns, "pairs")
         if self.cache is not None:
             self.cache.prepare(self, rows_of(0), next_pass=rows_of(1))
         return loader

@@ -17,9 +17,7 @@ from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
 from lit_rlhf.algorithms.passes import pass_loader
 from lit_rlhf.data.collate import collate_completions
 from lit_rlhf.errors import check_number
-from lit_rlhf.models.loading import max_positions
 from lit_rlhf.rollouts.loader import PassLoader
-from lit_rlhf.text import encode_completion
 from lit_rlhf.types import CompletionBatch, Row
 
 
@@ -33,6 +31,7 @@ class SFT(RLHFModule):
     """
 
     learns_from_feedback = False
+    completion_columns = ("completion",)
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "loss/loss": ("value",),
         "loss/sft_loss": ("value",),
@@ -50,16 +49,6 @@ class SFT(RLHFModule):
         """See `RLHFModule.run_shape`."""
         return {**super().run_shape, "algo.batch_size": self.batch_size}
 
-    @property
-    def row_limit(self) -> int | None:
-        """Most tokens that a demonstration may have; None where the model's configuration does not say."""
-        return max_positions(self.models.policy)
-
-    def row_length(self, row: Row) -> int:
-        """Tokens of a demonstration: its prompt, its completion and EOS."""
-        completion = encode_completion(self.tokenizer, str(row.get("completion", "")), self.tokenizer.eos_token_id)
-        return len(self.encode_prompt(row["prompt"])) + len(completion)
-
     def training_step(self, batch: CompletionBatch, batch_idx: int = 0) -> Tensor:
         """One micro-batch's share of the step's mean negative log-likelihood."""
         logprobs = self.models.score(batch).logprobs
@@ -68,5 +57,8 @@ class SFT(RLHFModule):
 
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> PassLoader:
         """Micro-batches of demonstrations: rows with `prompt` and `completion`."""
-        collate = lambda rows: collate_completions(self.tokenizer, rows)  # noqa: E731
-        return pass_loader(self, rows_of, collate, self.batch_size, ["completion"], "demonstrations")
+        return pass_loader(self, rows_of, self.collate, self.batch_size, self.completion_columns, "demonstrations")
+
+    def collate(self, rows: Sequence[Row]) -> CompletionBatch:
+        """Rows with `prompt` and `completion` to a batch."""
+        return collate_completions(self.encoder, rows, self.tokenizer.pad_token_id, self.row_limit)

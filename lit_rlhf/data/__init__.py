@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lit_rlhf.data.rows import read_rows
+from lit_rlhf.data.sources import read_rows
 from lit_rlhf.text import encode_completion, encode_prompt
 
 if TYPE_CHECKING:

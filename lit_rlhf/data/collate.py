@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
-from lit_rlhf.text import encode_completion, encode_prompt
+from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.types import CompletionBatch, PreferenceBatch, Row, pad_left, pad_right
 
 EncodedPair: TypeAlias = tuple[list[int], list[int], list[int]]  # prompt, chosen and rejected completion
 
 
-def collate_completions(tokenizer: Any, rows: Sequence[Row]) -> CompletionBatch:
-    """Encode `prompt` and `completion` apart, join their ids, and end every completion with EOS once.
+def collate_completions(
+    encoder: Encoder, rows: Sequence[Row], pad_token_id: int, limit: int | None = None
+) -> CompletionBatch:
+    """Join the ids of `prompt` and `completion`, which ends with EOS once.
 
     Returns:
-        N rows; prompts `[N, P]` left-padded, responses `[N, T]` right-padded.
+        N rows of at most `limit` tokens; prompts `[N, P]` left-padded, responses `[N, T]` right-padded.
     """
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    completions = [encode_completion(tokenizer, row["completion"], tokenizer.eos_token_id) for row in rows]
-    return CompletionBatch(*pad_left(prompts, tokenizer.pad_token_id), *pad_right(completions, tokenizer.pad_token_id))
+    prompts, completions = zip(*(encoder.row(row, ["completion"], limit) for row in rows), strict=True)
+    return CompletionBatch(*pad_left(prompts, pad_token_id), *pad_right(completions, pad_token_id))
 
 
-def encode_pair(tokenizer: Any, row: Row) -> EncodedPair:
+def encode_pair(encoder: Encoder, row: Row, limit: int | None = None) -> EncodedPair:
     """Token ids of a row's `prompt`, `chosen` and `rejected`, both completions with EOS at the end."""
-    eos = tokenizer.eos_token_id
-    chosen, rejected = (encode_completion(tokenizer, row[side], eos) for side in ("chosen", "rejected"))
-    return encode_prompt(tokenizer, row["prompt"]), chosen, rejected
+    prompt, chosen, rejected = encoder.row(row, ["chosen", "rejected"], limit)
+    return prompt, chosen, rejected
 
 
 def stack_pairs(pairs: Sequence[EncodedPair], pad_token_id: int) -> PreferenceBatch:
@@ -40,14 +40,16 @@ def stack_pairs(pairs: Sequence[EncodedPair], pad_token_id: int) -> PreferenceBa
     return PreferenceBatch(*pad_left(prompts, pad_token_id), ids[:N], mask[:N], ids[N:], mask[N:])
 
 
-def collate_preferences(tokenizer: Any, rows: Sequence[Row]) -> PreferenceBatch:
-    """Encode `prompt`, `chosen` and `rejected` apart, and end both completions with EOS once.
+def collate_preferences(
+    encoder: Encoder, rows: Sequence[Row], pad_token_id: int, limit: int | None = None
+) -> PreferenceBatch:
+    """Join the ids of `prompt` and `chosen`, and of `prompt` and `rejected`, which end with EOS once.
 
     Returns:
-        N pairs, see `stack_pairs`. Where rows have a number as their `margin`, `margin` `[N]` float32 holds it, and NaN
-        for the rows that have none.
+        N pairs of at most `limit` tokens each, see `stack_pairs`. Where rows have a number as their `margin`, `margin`
+        `[N]` float32 holds it, and NaN for the rows that have none.
     """
-    batch = stack_pairs([encode_pair(tokenizer, row) for row in rows], tokenizer.pad_token_id)
+    batch = stack_pairs([encode_pair(encoder, row, limit) for row in rows], pad_token_id)
     margins = [row.get("margin") for row in rows]
     if all(margin is None for margin in margins):
         return batch

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from lit_rlhf.data.rows import read_rows
+from lit_rlhf.data.columns import check_completions, conventional, of_one_kind
+from lit_rlhf.data.lengths import LONG_ROWS, LongRows, Room, room_of_prompts, room_of_rows, rows_too_long
+from lit_rlhf.data.sources import read_rows, read_splits
 from lit_rlhf.data.tasks import arithmetic_splits, demonstrations, preference_pairs
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.rewards import exact_match, final_number, numeric_answer
 from lit_rlhf.types import Row
-
-
-@dataclass(frozen=True)
-class _Room:
-    """How long a row may be, how that is measured, and the words for it."""
-
-    limit: int | None  # tokens
-    length: Callable[[Row], int]
-    what: str
-    context: str
-    advice: str
-
-
-def _most_tokens(row: Row) -> int:
-    completions = [row.get(column) for column in ("completion", "chosen", "rejected")]
-    longest = max((len(text.encode()) for text in completions if isinstance(text, str)), default=0)
-    return len(row["prompt"].encode()) + longest + 4
 
 
 class RowsDataModule(LightningDataModule):
@@ -44,7 +28,10 @@ class RowsDataModule(LightningDataModule):
         held_out_rows: the same, for validation alone; see to it that they are not among `train_rows`. May be empty.
         reward_funcs: used where the algorithm was given none.
         validation_batch_size: prompts per validation batch.
-        drop_long_prompts: leave out rows that the model cannot read instead of stopping; their number is told.
+        long_rows: what to do with rows that the model cannot read: `"stop"` before training, `"drop"` them or
+            `"truncate"` them: prompts lose their beginning but BOS, completions their end with EOS. Their number is
+            told and logged. Reward functions see whole prompts.
+        token_cache: a folder in which the token ids are kept, and found by the next run with these rows and tokenizer.
     """
 
     def __init__(
@@ -53,12 +40,17 @@ class RowsDataModule(LightningDataModule):
         held_out_rows: Sequence[Row] = (),
         reward_funcs: Sequence[Any] = (),
         validation_batch_size: int = 256,
-        drop_long_prompts: bool = False,
+        long_rows: LongRows = "stop",
+        token_cache: str | Path | None = None,
     ) -> None:
         super().__init__()
-        self.train_rows, self.held_out_rows = list(train_rows), list(held_out_rows)
+        check_choice("data.long_rows", long_rows, LONG_ROWS)
+        train = [conventional(row, f"training row {n}") for n, row in enumerate(train_rows, 1)]
+        held_out = [conventional(row, f"held-out row {n}") for n, row in enumerate(held_out_rows, 1)]
+        self.train_rows, self.held_out_rows = of_one_kind(train, held_out)
         self.reward_funcs, self.validation_batch_size = list(reward_funcs), validation_batch_size
-        self.drop_long_prompts = drop_long_prompts
+        self.long_rows, self.token_cache = long_rows, token_cache
+        self._told: set[str] = set()
 
     def rows_of(self, iteration: int) -> Sequence[Row]:
         """The training rows of pass `iteration` over the data."""
@@ -69,25 +61,17 @@ class RowsDataModule(LightningDataModule):
         return self.trainer.lightning_module  # type: ignore[union-attr]
 
     def setup(self, stage: str) -> None:
-        """Look for rows that do not fit the model, before anything is sampled or trained on."""
-        module = self._module
-        room = _Room(
-            module.prompt_limit,
-            lambda row: len(module.encode_prompt(row["prompt"])),
-            "prompts",
-            "the model's context less rollout.max_new_tokens leaves",
-            "shorten them, lower rollout.max_new_tokens",
-        )
-        if self._samples_held_out:
-            self.held_out_rows = self._fitting("held-out", self.held_out_rows, self.held_out_rows, room)
-        if hasattr(module, "row_length"):  # it trains on the rows and not on rollouts of their prompts
-            context = "the model's context is"
-            room = _Room(module.row_limit, module.row_length, "rows with completion and EOS", context, "shorten them")
-            self.train_rows = self._fitting("training", self.train_rows, self.rows_of(0), room)
-            if self._compares_held_out:
+        """Encode all rows, and look for those that do not fit the model, before anything is sampled or trained on."""
+        module, columns, first = self._module, self._module.completion_columns, self.rows_of(0)
+        check_completions(first, columns, type(module).__name__)
+        module.encoder.truncate = self.long_rows == "truncate"
+        module.encoder.prepare(first, columns, folder=self.token_cache)
+        module.encoder.prepare(self.held_out_rows, columns, "held-out", self.token_cache)
+        prompts, rows = room_of_prompts(module), room_of_rows(module)
+        self.train_rows = self._fitting("training", self.train_rows, first, rows if columns else prompts)
+        for judged, room in ((self._samples_held_out, prompts), (self._compares_held_out, rows)):
+            if judged:
                 self.held_out_rows = self._fitting("held-out", self.held_out_rows, self.held_out_rows, room)
-        else:
-            self.train_rows = self._fitting("training", self.train_rows, self.train_rows, room)
 
     @property
     def _compares_held_out(self) -> bool:
@@ -100,25 +84,17 @@ class RowsDataModule(LightningDataModule):
         judged = self._module.rewards is not None or bool(self.reward_funcs)
         return judged and getattr(self._module, "samples_in_validation", True)
 
-    def _fitting(self, which: str, rows: list[Row], measured: Sequence[Row], room: _Room) -> list[Row]:
-        """The rows whose counterpart in `measured` fits."""
-        if (limit := room.limit) is None:
-            return rows
-        # A token is a byte at least: most rows are seen to fit without encoding them.
-        suspects = [i for i, row in enumerate(measured) if _most_tokens(row) > limit]
-        lengths = {i: room.length(measured[i]) for i in suspects}
-        long = {i: length for i, length in lengths.items() if length > limit}
-        if long and not self.drop_long_prompts:
-            raise InputError(
-                f"{len(long)} of {len(rows)} {which} {room.what} do not fit the model: the longest has "
-                f"{max(long.values())} tokens, and {room.context} {limit}; {room.advice}, or leave them out "
-                f"with data.drop_long_prompts=true"
-            )
-        if len(long) == len(rows) and rows:
-            raise InputError(f"none of the {len(rows)} {which} {room.what} fits the model's context; use another model")
-        if long:
-            print(f"left out {len(long)} of {len(rows)} {which} {room.what}, longer than {limit} tokens")
-        return [row for i, row in enumerate(rows) if i not in long]
+    def _fitting(self, which: str, rows: list[Row], measured: Sequence[Row], room: Room) -> list[Row]:
+        """The rows that are used: those whose counterpart in `measured` fits, unless the others are cut."""
+        long = rows_too_long(measured, room, which, self.long_rows)
+        if long and which not in self._told:
+            self._told.add(which)
+            done = "left out" if self.long_rows == "drop" else "cut"
+            if self.trainer.is_global_zero:  # type: ignore[union-attr]
+                print(f"{done} {len(long)} of {len(rows)} {which} {room.what}, longer than {room.limit} tokens")
+            for logger in self.trainer.loggers:  # type: ignore[union-attr]
+                logger.log_metrics({f"data/long_{which.replace('-', '_')}_rows": float(len(long))}, step=0)
+        return rows if self.long_rows == "truncate" else [row for i, row in enumerate(rows) if i not in long]
 
     def train_dataloader(self) -> Any:
         """The lazy view that the module in training makes of the rows."""
@@ -168,38 +144,57 @@ class ArithmeticData(RowsDataModule):
 
 
 class FileData(RowsDataModule):
-    """Prompts from a file, with completions to imitate or to compare where the algorithm wants them.
+    """Rows from a file, a folder or the Hub: prompts, with completions to imitate or compare where those are wanted.
 
-    `completion` is a demonstration (SFT); `chosen` and `rejected` are a pair (preferences), with a `margin` if there is
-    one. Rows with an `answer` column are verified by it unless the algorithm has reward functions of its own:
-    numerically where every answer is a number (GSM8K), by exact match otherwise.
+    Columns have the Hub's names, see `lit_rlhf.data.columns`: `completion` is a demonstration (SFT); `chosen` and
+    `rejected` are a pair (preferences), with a `margin` if there is one. Rows with an `answer` column are verified by
+    it unless the algorithm has reward functions of its own: numerically where every answer is a number (GSM8K), by
+    exact match otherwise.
 
     Args:
-        path: a `.jsonl` or `.json` file, see `read_rows`; GSM8K's own format is read as it comes.
-        held_out: rows for validation, taken from the end of the file and not trained on (a row that the file repeats
-            may be on both sides); by default a tenth, at most 256.
-        validation_path: a file of its own for validation; then `held_out` takes nothing from `path`.
+        path: a `.jsonl`, `.json` or `.parquet` file, a folder or a dataset's name on the Hub, see `read_rows`; GSM8K's
+            own format is read as it comes.
+        name: the configuration of a dataset that has several.
+        split: the rows to train on, of a folder or a dataset of the Hub.
+        validation_split: the rows to validate on; by default its validation or test split, where it has one.
+        columns: our name of a column -> the one that the data has, as in `{"prompt": "question", "answer": "target"}`.
+        held_out: rows for validation: the first of the validation split or file, by default all; where there is
+            neither, the last rows, which are not trained on (one that the data repeats may be on both sides), by
+            default a tenth and at most 256.
+        validation_path: a file, folder or dataset of its own for validation.
         validation_batch_size: prompts per validation batch.
-        drop_long_prompts: leave out rows that the model cannot read instead of stopping; their number is told.
+        long_rows: see `RowsDataModule`.
+        token_cache: see `RowsDataModule`.
     """
 
     def __init__(
         self,
         path: str | Path,
+        name: str | None = None,
+        split: str = "train",
+        validation_split: str | None = None,
+        columns: Mapping[str, str] | None = None,
         held_out: int | None = None,
         validation_path: str | Path | None = None,
         validation_batch_size: int = 64,
-        drop_long_prompts: bool = False,
+        long_rows: LongRows = "stop",
+        token_cache: str | Path | None = None,
     ) -> None:
-        rows = read_rows(path)
-        if validation_path is not None:
-            train, test = rows, read_rows(validation_path)
+        check_number("data.held_out", held_out or 0, at_least=0)
+        if validation_path is None:
+            train, test = read_splits(path, columns, name=name, split=split, validation_split=validation_split)
         else:
-            count = min(256, len(rows) // 10) if held_out is None else held_out
-            if not 0 <= count < len(rows):
-                raise InputError(f"data.held_out={count} leaves nothing to train on: {path} has {len(rows)} rows")
-            train, test = rows[: len(rows) - count], rows[len(rows) - count :]
-        super().__init__(train, test, _verifier_of(rows), validation_batch_size, drop_long_prompts)
+            train = read_rows(path, columns, name=name, split=split)
+            test = read_rows(validation_path, columns, split=validation_split or "train")
+        if test is not None:
+            test = test[:held_out]
+        else:
+            count = min(256, len(train) // 10) if held_out is None else held_out
+            if not 0 <= count < len(train):
+                raise InputError(f"data.held_out={count} leaves nothing to train on: {path} has {len(train)} rows")
+            train, test = train[: len(train) - count], train[len(train) - count :]
+        verifiers = _verifier_of([*train, *test])
+        super().__init__(train, test, verifiers, validation_batch_size, long_rows, token_cache)
 
 
 def _verifier_of(rows: Sequence[Row]) -> list[Any]:

@@ -18,13 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_rlhf.data.collate import EncodedPair, encode_pair, stack_pairs
+from lit_rlhf.data.encoding import TextKey, text_key
 from lit_rlhf.errors import InputError
 from lit_rlhf.types import PreferenceBatch, Row
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.preference import PreferenceModule
 
-_Texts: TypeAlias = tuple[str, str, str]
+_Texts: TypeAlias = tuple[TextKey, TextKey, TextKey]
 _LogProbs: TypeAlias = tuple[Tensor, Tensor]  # of a pair's chosen and rejected completion, one per token
 _CHANGING = (
     "algo.reference_cache needs the same pairs in every pass, and these change; give data.fixed_pairs=true where the "
@@ -66,7 +67,7 @@ class ReferenceCache:
         pairs = {_texts(row): row for row in rows}
         if pairs.keys() <= self._known.keys():
             return
-        encoded = [encode_pair(module.tokenizer, row) for row in pairs.values()]
+        encoded = [encode_pair(module.encoder, row, module.row_limit) for row in pairs.values()]
         file = self.folder / f"{self._digest(encoded, module)}.pt"
         broadcast = module.trainer.strategy.broadcast  # what the first rank finds is so for all
         found = broadcast(_read(file, encoded))
@@ -106,7 +107,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _texts(row: Row) -> _Texts:
-    return row["prompt"], row["chosen"], row["rejected"]
+    return text_key(row["prompt"]), text_key(row["chosen"]), text_key(row["rejected"])
 
 
 def _compute(module: PreferenceModule, encoded: Sequence[EncodedPair]) -> list[_LogProbs]:

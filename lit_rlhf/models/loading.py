@@ -175,6 +175,13 @@ def disable_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a completion: the tokenizer's EOS first, then those that the model's generation settings declare."""
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    every = [tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])]
+    return list(dict.fromkeys(every))
+
+
 def max_positions(model: nn.Module) -> int | None:
     """The longest sequence that the model can read, or `None` where its configuration does not say."""
     config: Any = getattr(model, "config", None)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_rlhf.ranks import sum_over_ranks
 from lit_rlhf.rollouts.random import permutation
+from lit_rlhf.text import Text
 from lit_rlhf.types import CompletionBatch, Experience, PreferenceBatch, PromptBatch, Row
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ class PromptStream:
     """The dataset repeated for ever, each pass in an order of its own; any stretch of it can be recomputed.
 
     Args:
-        rows: the dataset; every row has a `"prompt"` string.
-        encode: turns a prompt's text into token ids.
+        rows: the dataset; every row has a `"prompt"`, a text or chat messages.
+        encode: turns a prompt into token ids.
         seed: decides the order of every pass.
     """
 
-    def __init__(self, rows: Sequence[Row], encode: Callable[[str], list[int]], seed: int) -> None:
+    def __init__(self, rows: Sequence[Row], encode: Callable[[Text], list[int]], seed: int) -> None:
         self.rows, self.encode, self.seed = rows, encode, seed
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -126,7 +127,7 @@ class PromptLoader:
     """
 
     def __init__(
-        self, rows: Sequence[Row], encode: Callable[[str], list[int]], batch_size: int, rank: int, world_size: int
+        self, rows: Sequence[Row], encode: Callable[[Text], list[int]], batch_size: int, rank: int, world_size: int
     ) -> None:
         self.rows, self.encode = rows, encode
         self.plan = shares(len(rows), batch_size, rank, world_size)
@@ -150,7 +151,7 @@ def shares(rows: int, batch_size: int, rank: int, world_size: int) -> list[list[
     return [list(mine[start : start + batch_size]) for start in range(0, most, batch_size)]
 
 
-def prompt_batch(rows: Sequence[Row], encode: Callable[[str], list[int]], index: list[int]) -> PromptBatch:
+def prompt_batch(rows: Sequence[Row], encode: Callable[[Text], list[int]], index: list[int]) -> PromptBatch:
     """Encode the prompts of `rows` and gather their columns."""
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return PromptBatch([encode(text) for text in columns["prompt"]], columns, index)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.loading import end_tokens
 from lit_rlhf.models.wrapper import PolicyReferenceValue
 from lit_rlhf.ranks import sum_over_ranks
 from lit_rlhf.rewards import Judges, RewardFunctions
@@ -111,9 +112,8 @@ def default_engine(policy: nn.Module, tokenizer: Any, stop: Sequence[str]) -> Tr
     Raises:
         InputError: a stop string is not a single token.
     """
-    declared = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
-    return TransformersEngine(sorted(ends), tokenizer.pad_token_id, [_single_token(tokenizer, text) for text in stop])
+    ends = sorted(end_tokens(policy, tokenizer))
+    return TransformersEngine(ends, tokenizer.pad_token_id, [_single_token(tokenizer, text) for text in stop])
 
 
 def _single_token(tokenizer: Any, text: str) -> int:

@@ -334,7 +334,7 @@ def batch_rows(batch):
         (
             [*pair_rows(3), {"prompt": "5", "chosen": "6", "rejected": None}],
             {"batch_size": 4},
-            "1 of 4 have not, only chosen, prompt, rejected",
+            "1 of 4 have not, only chosen, prompt",
         ),
     ],
 )

@@ -38,7 +38,7 @@ def test_a_demonstration_may_fill_the_context_and_no_more(kind):
     sentence = "1 of 2 training rows with completion and EOS do not fit the model: the longest has 129 tokens, .* 128;"
     with pytest.raises(InputError, match=sentence):
         prepared(SFT, [fits, long], kind=kind)
-    assert prepared(SFT, [long, fits], kind=kind, drop_long_prompts=True).train_rows == [fits]
+    assert prepared(SFT, [long, fits], kind=kind, long_rows="drop").train_rows == [fits]
 
 
 def test_a_prompt_to_sample_from_needs_room_for_the_completion():
@@ -48,7 +48,7 @@ def test_a_prompt_to_sample_from_needs_room_for_the_completion():
         prepared(GRPO, [fits, long])
     with pytest.raises(InputError, match=f"1 of 2 held-out prompts do not fit the model: {sentence}"):
         prepared(SFT, [fits], [fits, long])
-    assert prepared(GRPO, [fits, long], [long, fits], drop_long_prompts=True).held_out_rows == [fits]
+    assert prepared(GRPO, [fits, long], [long, fits], long_rows="drop").held_out_rows == [fits]
 
 
 def test_held_out_prompts_of_which_nothing_is_sampled_may_be_long():

@@ -7,6 +7,7 @@ import torch
 
 from lit_rlhf.algorithms.dpo import DPO
 from lit_rlhf.data.collate import collate_completions, collate_preferences
+from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.data.modules import ArithmeticData, FileData
 from lit_rlhf.data.tasks import arithmetic_splits, character_tokenizer, demonstrations, preference_pairs
 from lit_rlhf.types import SamplingConfig
@@ -20,7 +21,7 @@ ROWS = [
 
 
 def test_both_completions_end_with_eos_once_and_have_one_width():
-    batch = collate_preferences(NumberTokenizer(), ROWS)
+    batch = collate_preferences(Encoder(NumberTokenizer(), [EOS]), ROWS, PAD)
     assert batch.prompt_ids.tolist() == [[5, 6], [PAD, 5]]
     assert batch.prompt_mask.tolist() == [[True, True], [False, True]]
     assert batch.chosen_ids.tolist() == [[7, EOS, PAD, PAD], [10, 11, 12, EOS]]
@@ -35,7 +36,7 @@ def test_both_completions_end_with_eos_once_and_have_one_width():
 )
 def test_margins_are_taken_where_rows_have_them(margins, expected):
     rows = [{**row, "margin": margin} for row, margin in zip(ROWS, margins, strict=True)]
-    found = collate_preferences(NumberTokenizer(), rows).margin
+    found = collate_preferences(Encoder(NumberTokenizer(), [EOS]), rows, PAD).margin
     if expected is None:
         assert found is None
     else:
@@ -45,8 +46,9 @@ def test_margins_are_taken_where_rows_have_them(margins, expected):
 
 def test_a_completion_is_encoded_alike_in_a_pair_and_in_a_demonstration():
     tokenizer = character_tokenizer()
+    encoder, pad = Encoder(tokenizer, [tokenizer.eos_token_id]), tokenizer.pad_token_id
     rows = [{"prompt": "12+34=", "completion": "46", "chosen": "46", "rejected": "4600"}]
-    pair, demonstration = collate_preferences(tokenizer, rows), collate_completions(tokenizer, rows)
+    pair, demonstration = collate_preferences(encoder, rows, pad), collate_completions(encoder, rows, pad)
     assert pair.chosen_ids[pair.chosen_mask].tolist() == demonstration.response_ids[0].tolist()
     assert torch.equal(pair.prompt_ids, demonstration.prompt_ids)
 

@@ -85,21 +85,16 @@ def test_a_prompt_column_wins_over_gsm8k(write):
         ("null", "line 1: found null; expected an object"),
         (
             '{"text": "a", "label": 1}',
-            "line 1: no column 'prompt' among 'label', 'text'; expected 'prompt', or GSM8K's",
+            "line 1: no column 'prompt' among 'label', 'text'; expected 'prompt', 'messages', 'chosen' and",
         ),
         ('{"question": "a", "answer": "72"}', "line 1: no column 'prompt' among 'answer', 'question'"),
         ("{}", "line 1: no column 'prompt' among none"),
         (ROW + '{"prompt": " ", "answer": "2"}', "line 2: 'prompt' is empty"),
-        ('{"prompt": 7}', "line 1: 'prompt' is a number; expected a string"),
-        ('{"prompt": null}', "line 1: 'prompt' is null; expected a string"),
-        ('{"question": 7, "answer": "#### 7"}', "line 1: 'prompt' is a number; expected a string"),
+        ('{"prompt": 7}', "line 1: 'prompt' is a number; expected a text or a list of chat messages"),
+        ('{"prompt": null}', "line 1: 'prompt' is null; expected a text or a list of chat messages"),
         (
-            '{"prompt": [{"role": "user", "content": "hi"}]}',
-            "line 1: 'prompt' is a list; chat messages are not read yet",
-        ),
-        (
-            ROW + '\n{"prompt": "1+2=", "solution": "3"}',
-            "line 3: the columns are 'prompt', 'solution', those of the first row are 'answer', 'prompt'",
+            '{"question": 7, "answer": "#### 7"}',
+            "line 1: 'prompt' is a number; expected a text or a list of chat messages",
         ),
         (b"\x1f\x8b\x08\x00\xff\xfe", "is not a text file (byte 1 is not UTF-8)"),
     ],
@@ -122,17 +117,11 @@ def test_broken_json_lists_are_refused(write, content, message):
 
 
 def test_a_missing_file_names_its_nearest_sibling(write, tmp_path):
-    assert "does not exist; expected a .jsonl file" in refusal(tmp_path / "train.jsonl")
+    assert "does not exist; expected a .jsonl, .json or .parquet file" in refusal(tmp_path / "train.jsonl")
     assert "does not exist; expected" in refusal(tmp_path / "nowhere" / "train.jsonl")
     for name in ("training.jsonl", "test.jsonl", "train.txt"):
         write(ROW, name)
     assert refusal(tmp_path / "train.jsonl").endswith("does not exist; the nearest file beside it is training.jsonl")
-
-
-def test_folders_parquet_and_hub_names_are_refused(write, tmp_path):
-    assert "is a folder, and folders are not read yet; expected a .jsonl" in refusal(tmp_path)
-    for path in (write(b"PAR1", "data.parquet"), "openai/gsm8k", write(ROW, "data.csv")):
-        assert "parquet files, folders and datasets of the Hub are not read yet; expected a .jsonl" in refusal(path)
 
 
 def test_an_unreadable_file_is_refused(write, monkeypatch):
