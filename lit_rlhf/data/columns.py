@@ -176,14 +176,16 @@ def _check_text(value: Any, column: str, where: str) -> None:
             )
     if column == "prompt" and _is_empty(value):
         raise InputError(f"{where}: 'prompt' is empty; expected some text")
-    if not value:
+    if value == []:
         raise InputError(f"{where}: {column!r} has no messages; expected the assistant's")
 
 
 def _described(message: Any) -> str:
     if not isinstance(message, dict):
         return kind_of(message)
-    return f"a message whose 'content' is {kind_of(message.get('content'))}" if "content" in message else "no 'content'"
+    if "content" not in message:
+        return "a message without 'content'"
+    return f"a message whose 'content' is {kind_of(message['content'])}"
 
 
 def _is_empty(text: Any) -> bool:
