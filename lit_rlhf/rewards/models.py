@@ -103,7 +103,7 @@ class RewardModel:
         Raises:
             InputError: they are longer than the model's context, or chat messages without a chat template.
         """
-        ids = encode_prompt(self.tokenizer, prompt) + encode_completion(self.tokenizer, completion, self._end)
+        ids = encode_prompt(self.tokenizer, prompt) + encode_completion(self.tokenizer, completion, self._end, prompt)
         limit = max_positions(self.model)
         if limit is not None and len(ids) > limit:
             raise InputError(
