@@ -34,6 +34,7 @@ class Signature:
 
     parameters: Mapping[str, ast.expr | None]  # name -> annotation
     open: bool  # takes keywords that cannot be known here
+    module: str = ""  # where it stands, and so where its annotations' names are looked up
 
     def check(self, key: str, value: Any, path: str) -> None:
         """Raise an `InputError` if `key` is no parameter or `value` is missing or cannot be one."""
@@ -45,12 +46,25 @@ class Signature:
             raise InputError(f"unknown key '{path}.{key}'{nearest(key, self.parameters)}")
         kinds, nullable = _simple_kinds(self.parameters[key])
         allowed = tuple(t for kind in kinds for t in _SIMPLE.get(kind, ()))
+        self._check_inside(key, value, path)
         fits = isinstance(value, allowed) and not (isinstance(value, bool) and "bool" not in kinds)
         interpolated = isinstance(value, str) and "${" in value
         if kinds and not fits and not interpolated and not (value is None and nullable):
             raise InputError(
                 f"'{path}.{key}' must be {' or '.join(kinds)}, got {'null' if value is None else repr(value)}"
             )
+
+    def _check_inside(self, key: str, value: Any, path: str) -> None:
+        """Check the keys of a value that stands for a dataclass of settings."""
+        inside = _settings(self.parameters[key], self.module)
+        if inside is None or value is None or (isinstance(value, str) and "${" in value):
+            return
+        if not isinstance(value, Mapping):
+            raise InputError(
+                f"'{path}.{key}' has keys of its own, got {value!r}; known: {', '.join(inside.parameters)}"
+            )
+        for name, setting in value.items():
+            inside.check(str(name), setting, f"{path}.{key}")
 
 
 @cache
@@ -70,25 +84,38 @@ def _of_function(node: ast.FunctionDef, module: str, skip: int = 0) -> Signature
     parameters = {argument.arg: argument.annotation for argument in named}
     rest = node.args.kwarg
     if rest is None:
-        return Signature(parameters, open=False)
+        return Signature(parameters, open=False, module=module)
     annotation = rest.annotation
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith("Unpack"):
         typed = _find(f"{module}.{ast.unparse(annotation.slice)}")
         if typed is not None and isinstance(typed[0], ast.ClassDef):
-            return Signature(_fields(typed[0], typed[1]) | parameters, open=False)
-    return Signature(parameters, open=True)
+            return Signature(_fields(typed[0], typed[1]) | parameters, open=False, module=module)
+    return Signature(parameters, open=True, module=module)
 
 
 def _of_class(node: ast.ClassDef, module: str) -> Signature | None:
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             return _of_function(item, module, skip=1)
-    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        return Signature(_fields(node, module), open=False)
+    if _is_dataclass(node):
+        return Signature(_fields(node, module), open=False, module=module)
     for base in node.bases:
         signature = signature_of(f"{module}.{ast.unparse(base)}")
         if signature is not None:
             return signature
+    return None
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def _settings(annotation: ast.expr | None, module: str) -> Signature | None:
+    """The signature of the dataclass that an annotation such as `LoRA | Mapping[str, Any] | None` names."""
+    for name in _parts(annotation):
+        found = _find(f"{module}.{name}") if name.isidentifier() and name not in (*_SIMPLE, "None") else None
+        if found is not None and isinstance(found[0], ast.ClassDef) and _is_dataclass(found[0]):
+            return _of_class(found[0], found[1])
     return None
 
 
@@ -140,8 +167,16 @@ def _simple_kinds(annotation: ast.expr | None) -> tuple[list[str], bool]:
     """`["int", "float"]` of an annotation made of simple types only, else nothing; and whether None is allowed."""
     if annotation is None:
         return [], True
-    text = str(annotation.value if isinstance(annotation, ast.Constant) else ast.unparse(annotation))
-    parts = [part.strip() for part in text.removeprefix("Optional[").removesuffix("]").split("|")]
-    kinds = [part for part in parts if part != "None"]
-    nullable = text.startswith("Optional[") or "None" in parts
+    parts = _parts(annotation)
+    kinds, nullable = [part for part in parts if part != "None"], "None" in parts
     return (kinds if all(kind in _SIMPLE for kind in kinds) else []), nullable
+
+
+def _parts(annotation: ast.expr | None) -> list[str]:
+    """`["int", "None"]` of `int | None`, `Optional[int]` or either in quotes."""
+    if annotation is None:
+        return []
+    text = str(annotation.value if isinstance(annotation, ast.Constant) else ast.unparse(annotation))
+    optional = text.startswith("Optional[")
+    inner = text.removeprefix("Optional[").removesuffix("]") if optional else text
+    return [part.strip() for part in inner.split("|")] + ["None"] * optional

@@ -29,6 +29,7 @@ def table(page, heading):
 def default_of(config, name):
     """The yaml's own value, the constructor's default, or what the class states."""
     target = target_of(config["_target_"])
+    name = {"lr": "usual_lr"}.get(name, name)
     if name in config or hasattr(target, name):
         return config.get(name, getattr(target, name, None))
     for owner in (*target.__mro__, Critic):

@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, lr_factor, recommended_lr
+from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, default_lr, lr_factor
 from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
 from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import Cells, MaskedStats
+from lit_rlhf.models.adapters import is_adapted, lora_settings, merged
 from lit_rlhf.models.loading import end_tokens, max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.ranks import gather_objects
@@ -52,13 +53,15 @@ class RLHFModule(LightningModule):
     """Base of the algorithms.
 
     Args:
-        policy: a Hugging Face causal language model, or the name or path of one; `"tiny"` ships with the package.
+        policy: a Hugging Face causal language model, or the name or path of one; `"tiny"` ships with the package. With
+            LoRA adapters (`load_causal_lm(path, lora={"r": 16})`, or your own of peft) only they are trained.
         tokenizer: its tokenizer, or the name or path of one; by default the policy's own.
         reward_funcs: functions in TRL's signature, or their import paths. Without any, the data module's own.
         reward_weights: one weight per function; 1 each by default.
         sampling: how completions are sampled, in training and in validation; a mapping of its arguments will do.
         engine: what samples; by default the policy itself, in process.
-        lr: AdamW's peak learning rate; by default `recommended_lr` of the policy's size.
+        lr: AdamW's peak learning rate; by default `recommended_lr` of the policy's size, or the class's `usual_lr`;
+            ten times that where LoRA adapters are trained.
         lr_schedule: after the warm-up, constant, or linear or cosine to 0 at the end of the run.
         warmup_steps: optimiser steps over which the rate rises from 0.
         weight_decay: AdamW's weight decay.
@@ -71,6 +74,8 @@ class RLHFModule(LightningModule):
     progress_keys: ClassVar[tuple[str, ...]] = ("loss/loss",)  # shown in the progress bar
     learns_from_feedback: ClassVar[bool] = True  # imitation takes other learning rates
     completion_columns: ClassVar[tuple[str, ...]] = ()  # of the data, that it trains on; none where it samples its own
+    exports_adapter: ClassVar[bool] = True  # with LoRA: the adapter is all that was learnt
+    usual_lr: ClassVar[float | None] = None  # of whole models, where it does not follow from the policy's size
 
     def __init__(
         self,
@@ -102,7 +107,7 @@ class RLHFModule(LightningModule):
         check_choice("algo.lr_schedule", lr_schedule, DECAY)
         self.tokenizer = tokenizer_for(policy, tokenizer)
         self.models = PolicyReferenceValue(policy, reference=reference, value=value, value_std=value_std)
-        self.lr = lr or recommended_lr(sum(p.numel() for p in self.models.policy.parameters()))
+        self.lr = lr or default_lr(self.models.policy, self.usual_lr)
         if self.learns_from_feedback:
             check_learning_rate(lr, self.models.policy)
         self.value_lr: float | None = None  # of the value function's own parameters; the policy's where None
@@ -328,15 +333,17 @@ class RLHFModule(LightningModule):
         return PromptLoader(rows, self.encode_prompt, batch_size, self.rank, self.world_size)
 
     def export_model(self) -> Any:
-        """The Hugging Face model that a run leaves in its `model/` folder."""
-        return self.models.policy
+        """The Hugging Face model that a run leaves in its `model/` folder; adapters are merged into a copy."""
+        policy = self.models.policy
+        return merged(policy) if is_adapted(policy) else policy
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     @property
     def run_shape(self) -> dict[str, Any]:
         """The settings that the loop's position depends on, by their key on the command line."""
-        return {"seed": self.seed, "trainer.accumulate_grad_batches": self.accumulate}
+        lora = lora_settings(self.models.policy)
+        return {"seed": self.seed, "trainer.accumulate_grad_batches": self.accumulate, "model.lora": lora}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save every rank's loop state and metrics; called on all ranks.

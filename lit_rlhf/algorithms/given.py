@@ -54,7 +54,7 @@ def score_given(module: OnPolicyModule, given: GivenCompletions) -> ScoredRollou
         old = models.score(given, temperature=temperature).logprobs
     if values is None and models.value_head is not None:
         values = models.score_values(given).values
-    ref = models.score_reference(given, temperature=temperature).logprobs if models.reference is not None else None
+    ref = models.score_reference(given, temperature=temperature).logprobs if models.has_reference else None
     raw = rewards if rewards.ndim == 1 else zero_outside(rewards, given.response_mask).sum(1)
     return ScoredRollout(
         prompt_ids=given.prompt_ids,

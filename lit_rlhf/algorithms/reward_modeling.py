@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from typing_extensions import Unpack
 
@@ -23,7 +23,8 @@ from lit_rlhf.algorithms.preference import PreferenceArgs, PreferenceModule
 from lit_rlhf.algorithms.preference_stats import Comparison
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.functional import bradley_terry_loss
-from lit_rlhf.models.loading import load_causal_lm
+from lit_rlhf.models.adapters import is_adapted, merged
+from lit_rlhf.models.wrapper import causal_lm
 from lit_rlhf.text import with_own_pad_token
 from lit_rlhf.types import PreferenceBatch, Row
 
@@ -34,7 +35,7 @@ class RewardModeling(PreferenceModule):
     The exported model is a sequence-classification model of Transformers with one label, the reward.
 
     Args:
-        lr: AdamW's peak learning rate.
+        lr: AdamW's peak learning rate; by default 1e-5, and ten times that for LoRA adapters.
         margin: m, by how much the preferred completion should win; a row's own `margin` goes first.
         temperature: tau, of the rewards' difference.
         center_coef: c, weight of the term that centres the rewards on 0; 0 is off, 0.01 the paper's.
@@ -42,6 +43,8 @@ class RewardModeling(PreferenceModule):
     """
 
     samples_in_validation = False
+    usual_lr = 1e-5
+    exports_adapter = False  # the head would be missing
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
         f"preference/{side}_reward": ("mean", "std") for side in ("chosen", "rejected")
     }
@@ -49,7 +52,7 @@ class RewardModeling(PreferenceModule):
     def __init__(
         self,
         *,
-        lr: float | None = 1e-5,
+        lr: float | None = None,
         margin: float = 0.0,
         temperature: float = 1.0,
         center_coef: float = 0.0,
@@ -58,9 +61,7 @@ class RewardModeling(PreferenceModule):
         check_number("algo.margin", margin)
         check_number("algo.temperature", temperature, above=0)
         check_number("algo.center_coef", center_coef, at_least=0)
-        policy = preference.get("policy", "tiny")
-        model: Any = policy if isinstance(policy, nn.Module) else load_causal_lm(policy)
-        preference["policy"] = model
+        model = preference["policy"] = causal_lm(preference.get("policy", "tiny"))
         std = 1 / math.sqrt(model.config.get_text_config(decoder=True).hidden_size + 1)
         super().__init__(lr=lr, value="shared", value_std=std, **preference)
         # sequence-classification models find the last token by its not being padding: EOS must not look like it
@@ -99,6 +100,7 @@ class RewardModeling(PreferenceModule):
         """
         policy, head = self.models.policy, self.models.value_head
         assert head is not None
+        policy = merged(policy) if is_adapted(policy) else policy
         config = type(policy.config).from_dict(policy.config.to_dict())
         config.num_labels, config.pad_token_id = 1, self.tokenizer.pad_token_id
         model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)

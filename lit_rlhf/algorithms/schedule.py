@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import nn
 
+from lit_rlhf.models.adapters import base_size, is_adapted
+
 _TABLE = ((1e9, 5e-6, 1e-5), (10e9, 1e-6, 5e-6), (70e9, 5e-7, 1e-6), (math.inf, 1e-7, 5e-7))  # parameters below, range
 _LORA = 10.0  # adapters take rates ten times as high
 _FAR = 10.0  # how far outside of the range a rate has to be for a warning
@@ -38,10 +40,10 @@ def lr_factor(step: int, schedule: Schedule, warmup_steps: int, total_steps: int
     return DECAY[schedule](min(1.0, (step - warmup_steps) / (total_steps - warmup_steps)))
 
 
-def recommended_lr(parameters: int) -> float:
+def recommended_lr(parameters: int, lora: bool = False) -> float:
     """Peak learning rate for reinforcement learning of a policy with that many parameters.
 
-        lr = 5e-6 * sqrt(1e9 / parameters)
+        lr = 5e-6 * sqrt(1e9 / parameters)          ten times that where LoRA adapters are trained instead
 
     A curve through the table that Flux's documentation gives for 0.5 to 70 billion parameters (1e-5 down to
     5e-7; within a factor of 1.6 of it everywhere); at 0.8 million it is what the built-in model learns best with.
@@ -49,7 +51,7 @@ def recommended_lr(parameters: int) -> float:
     >>> f"{recommended_lr(790_144):.1e} {recommended_lr(500_000_000):.1e} {recommended_lr(7_000_000_000):.1e}"
     '1.8e-04 7.1e-06 1.9e-06'
     """
-    return 5e-6 * math.sqrt(1e9 / max(parameters, 1))
+    return 5e-6 * math.sqrt(1e9 / max(parameters, 1)) * (_LORA if lora else 1.0)
 
 
 def learning_rate_range(parameters: int, lora: bool = False) -> tuple[float, float]:
@@ -64,18 +66,31 @@ def learning_rate_range(parameters: int, lora: bool = False) -> tuple[float, flo
     return (round(low * _LORA, 12), round(high * _LORA, 12)) if lora else (low, high)
 
 
+def default_lr(policy: nn.Module, usual: float | None) -> float:
+    """Peak learning rate where none is given.
+
+    Args:
+        policy: with adapters or without.
+        usual: the rate that the field trains whole models with, whatever their size; None for `recommended_lr`.
+    """
+    lora = is_adapted(policy)
+    return recommended_lr(base_size(policy), lora) if usual is None else round(usual * (_LORA if lora else 1.0), 12)
+
+
 def check_learning_rate(lr: float | None, policy: nn.Module) -> None:
     """Warn of a learning rate more than ten times outside of what fits the policy's size.
 
     The table has one range for all that is smaller than a billion parameters; below, the highest rate grows as
     `recommended_lr` does.
     """
-    parameters, lora = sum(p.numel() for p in policy.parameters()), hasattr(policy, "peft_config")
+    parameters, lora = base_size(policy), is_adapted(policy)
     low, high = learning_rate_range(parameters, lora)
-    high = max(high, recommended_lr(parameters) * (_LORA if lora else 1.0))
+    recommended = recommended_lr(parameters, lora)
+    high = max(high, recommended)
+    trained = "LoRA adapters of a policy" if lora else "a policy"
     if lr is not None and not low / _FAR <= lr <= high * _FAR:
         warnings.warn(
-            f"algo.lr={lr:g} is far from the {low:.2g} to {high:.2g} that fits a policy of {parameters:,} parameters; "
-            f"leave it out for {recommended_lr(parameters):.2g}",
+            f"algo.lr={lr:g} is far from the {low:.2g} to {high:.2g} that fits {trained} of {parameters:,} parameters; "
+            f"leave it out for {recommended:.2g}",
             stacklevel=5,
         )

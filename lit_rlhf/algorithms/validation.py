@@ -47,7 +47,7 @@ def _judged(
     of_prompts = {f"val/{name}": x for name, x in found.items() if "_at_" in name}
     of_either = {f"val/{name}_{how}": x for name, x in found.items() if f"val/{name}" not in of_prompts}
     cells = {name: (x, ~x.isnan()) for name, x in {**of_either, **of_prompts}.items()}
-    if how == "sampled" and sampling.temperature > 0 and module.models.reference is not None:
+    if how == "sampled" and sampling.temperature > 0 and module.models.has_reference:
         cells["val/kl_divergence"] = (_kl(module, rollout, sampling), rollout.response_mask)
     return cells
 

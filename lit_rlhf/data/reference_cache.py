@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lit_rlhf.data.collate import EncodedPair, encode_pair, stack_pairs
 from lit_rlhf.data.encoding import TextKey, text_key
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.adapters import base_weights, check_reference, without_adapters
 from lit_rlhf.types import PreferenceBatch, Row
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class ReferenceCache:
     def identify(self, policy: nn.Module) -> None:
         """Take the policy as it is now for the reference, unless there is one."""
         if self.reference is None:
+            check_reference(policy)
             self.reference = weights_digest(policy)
 
     def prepare(self, module: PreferenceModule, rows: Sequence[Row], next_pass: Sequence[Row] | None = None) -> None:
@@ -98,9 +100,9 @@ class ReferenceCache:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of all weights and their names, whatever device they are on."""
+    """A digest of all weights and their names, whatever device they are on; adapters are no part of a reference."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    for name, weight in sorted(base_weights(model).items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -123,7 +125,8 @@ def _scored(module: PreferenceModule, encoded: Sequence[EncodedPair]) -> Iterato
     size = max(1, module.batch_size // (module.world_size * module.accumulate))
     for start in range(0, len(encoded), size):
         rows = stack_pairs(encoded[start : start + size], module.tokenizer.pad_token_id).completions()
-        with torch.no_grad(), module.trainer.precision_plugin.forward_context():
+        precision, policy = module.trainer.precision_plugin.forward_context(), module.models.policy
+        with torch.no_grad(), precision, without_adapters(policy):
             logprobs = module.models.score(rows.to(module.device)).logprobs.cpu()
             of_rows = [x[mask].clone() for x, mask in zip(logprobs, rows.response_mask, strict=True)]
         yield from zip(of_rows[: len(of_rows) // 2], of_rows[len(of_rows) // 2 :], strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.adapters import LoRA, adapter_parameters, add_lora, base_of, is_adapted
 
 TINY = "tiny"
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -34,17 +36,20 @@ def load_causal_lm(
     dtype: str = "float32",
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    lora: LoRA | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load a causal language model with every dropout set to 0, so that scoring repeats exactly.
 
     Args:
-        path: a folder, a Hub name, or `"tiny"` for the model that ships with the package.
+        path: a folder, a Hub name, or `"tiny"` for the model that ships with the package. Of the folder of an adapter,
+            which says where its base is, the adapter is trained further.
         dtype: a torch dtype name, `"float32"` or `"bfloat16"`.
         attn_implementation: passed to Transformers: `"sdpa"`, `"eager"`, `"flash_attention_2"`.
         trust_remote_code: run the Python files of the model's repository. Off unless you ask.
+        lora: train adapters of these settings, `{"r": 16}` say, instead of the model's own weights.
 
     Raises:
-        InputError: the model cannot be found or read.
+        InputError: the model cannot be found or read, or the adapters cannot be added.
     """
     model = _from_pretrained(
         AutoModelForCausalLM,
@@ -54,6 +59,13 @@ def load_causal_lm(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
+    if is_adapted(model):
+        if lora is not None:
+            raise InputError(f"model.lora: {path} is an adapter already; leave model.lora out to train it further")
+        for parameter in adapter_parameters(model):
+            parameter.requires_grad_(True)  # Transformers loads them frozen
+    elif lora is not None:
+        add_lora(model, LoRA.from_mapping(lora))
     return disable_dropout(model)
 
 
@@ -194,7 +206,7 @@ def vocabulary_size(model: nn.Module | str | Path) -> int:
     if isinstance(model, nn.Module):
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         return int(embeddings.num_embeddings)
-    config = _from_pretrained(AutoConfig, "model.path", model)
+    config = _from_pretrained(AutoConfig, "model.path", base_of(resolve(model)))
     return int(config.get_text_config(decoder=True).vocab_size)
 
 

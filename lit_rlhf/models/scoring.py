@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.functional import exact_kl, token_entropy, token_logprobs
+from lit_rlhf.models.adapters import without_adapters
 from lit_rlhf.types import CompletionBatch, Rollout
 
 Completions = Rollout | CompletionBatch
@@ -60,7 +61,8 @@ def score(
         temperature: the sampling temperature that the logits are divided by.
         entropy: also return the entropy, in nats.
         entropy_gradient: with its gradient; without, nothing of it is kept for the backward pass.
-        reference: also return the exact KL to this model, summed over the vocabulary.
+        reference: also return the exact KL to this model without its adapters, if it has any, summed over the
+            vocabulary.
         head: also return the values of this head on the model's last hidden states.
     """
     ids, mask, predicts = _arrange(rows)
@@ -73,7 +75,7 @@ def score(
             token_entropy(logits if entropy_gradient else logits.detach(), temperature), responses
         )
     if reference is not None:
-        with torch.no_grad():
+        with torch.no_grad(), without_adapters(reference):
             ref_logits, _ = _forward(reference, ids, mask, predicts)
         found["kl"] = _scatter(exact_kl(logits, ref_logits, temperature), responses)
     if head is not None and hidden is not None:

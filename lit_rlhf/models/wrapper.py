@@ -12,6 +12,7 @@ from torch import nn
 from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.adapters import check_reference, is_adapted, unwrapped, without_adapters
 from lit_rlhf.models.heads import ScalarHead
 from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer, prepare_tokenizer, vocabulary_size
 from lit_rlhf.models.scoring import Scores, Values, score, score_values
@@ -25,10 +26,12 @@ class PolicyReferenceValue(nn.Module):
     """Policy, frozen reference and value function of one training run.
 
     Args:
-        policy: any Hugging Face causal language model, or the name or path of one. Its dropout is set to 0.
-        reference: keep a frozen copy of the policy as it is now. Without it no second model is held.
+        policy: any Hugging Face causal language model, with adapters or without, a `peft.PeftModel`, or the name or
+            path of a model. Its dropout is set to 0.
+        reference: have one: a frozen copy of the policy as it is now, or, of a policy with adapters, the policy without
+            them. Otherwise no second model is held.
         value: `"none"`; `"shared"`, a head on the policy's own hidden states; or `"separate"`, a copy of the policy's
-            trunk with a head.
+            trunk with a head. Of a policy with adapters the copy is of the adapters; they share the frozen weights.
         value_std: of the head's initial weights; 0 begins with a value of 0 everywhere.
 
     The reference stays in eval mode and without gradients whatever Lightning or a caller does.
@@ -43,10 +46,15 @@ class PolicyReferenceValue(nn.Module):
         value_std: float = 0.0,
     ) -> None:
         super().__init__()
-        self.policy: Any = disable_dropout(policy) if isinstance(policy, nn.Module) else load_causal_lm(policy)
+        self.policy: Any = causal_lm(policy)
         self.policy.train()
-        self.reference: Any = copy.deepcopy(self.policy).requires_grad_(False).eval() if reference else None
-        self.value_trunk: Any = copy.deepcopy(self.policy.base_model) if value == "separate" else None
+        self.has_reference = reference
+        self.reference: Any = None  # the model that serves as reference alone
+        if reference:
+            check_reference(self.policy)
+        if reference and not is_adapted(self.policy):
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        self.value_trunk: Any = _trunk_of(self.policy) if value == "separate" else None
         self.value_head = None if value == "none" else ScalarHead(self.policy, value_std)
 
     def train(self, mode: bool = True) -> Self:
@@ -100,7 +108,9 @@ class PolicyReferenceValue(nn.Module):
     @torch.no_grad()
     def score_reference(self, rows: Rollout | CompletionBatch, *, temperature: float = 1.0) -> Scores:
         """Log-probs `[N, T]` of the rows' completions under the frozen reference."""
-        return score(self._reference(), rows, temperature=temperature)
+        reference = self._reference()
+        with without_adapters(reference):
+            return score(reference, rows, temperature=temperature)
 
     def score_values(self, rows: Rollout | CompletionBatch) -> Values:
         """The value function before each token `[N, T]` and after the last one `[N]`, with gradient."""
@@ -110,10 +120,25 @@ class PolicyReferenceValue(nn.Module):
         return score_values(trunk, self.value_head, rows)
 
     def _reference(self) -> nn.Module:
-        if self.reference is None:
+        if not self.has_reference:
             raise RuntimeError("there is no reference model; build PolicyReferenceValue(..., reference=True)")
-        reference: nn.Module = self.reference
+        reference: nn.Module = self.policy if self.reference is None else self.reference
         return reference
+
+
+def causal_lm(policy: nn.Module | str | Path) -> Any:
+    """The Hugging Face model that a user gave, or the name or path of, with every dropout set to 0.
+
+    Raises:
+        InputError: it cannot be loaded, or its adapters cannot be trained.
+    """
+    return disable_dropout(unwrapped(policy)) if isinstance(policy, nn.Module) else load_causal_lm(policy)
+
+
+def _trunk_of(policy: Any) -> Any:
+    """A copy of the policy's trunk; what adapters leave frozen is shared instead of copied."""
+    frozen = [p for p in policy.parameters() if not p.requires_grad] if is_adapted(policy) else []
+    return copy.deepcopy(policy.base_model, {id(p): p for p in frozen})
 
 
 def tokenizer_for(policy: nn.Module | str | Path, tokenizer: Any = None) -> Any:

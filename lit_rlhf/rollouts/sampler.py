@@ -73,7 +73,7 @@ def start_of_update(
     if bool(sum_over_ranks(rescore.sum())):
         now = models.score(rollout, temperature=temperature).logprobs
         old = torch.where(rescore.unsqueeze(1), now.to(old.dtype), old)
-    if models.reference is not None:
+    if models.has_reference:
         ref = models.score_reference(rollout, temperature=temperature).logprobs
     rollout = replace(rollout, old_logprobs=old, ref_logprobs=ref)
     if models.value_head is None:
@@ -112,8 +112,16 @@ def default_engine(policy: nn.Module, tokenizer: Any, stop: Sequence[str]) -> Tr
     Raises:
         InputError: a stop string is not a single token.
     """
-    ends = sorted(end_tokens(policy, tokenizer))
-    return TransformersEngine(ends, tokenizer.pad_token_id, [_single_token(tokenizer, text) for text in stop])
+    return TransformersEngine(end_token_ids(policy, tokenizer, stop), tokenizer.pad_token_id)
+
+
+def end_token_ids(policy: nn.Module, tokenizer: Any, stop: Sequence[str]) -> list[int]:
+    """The tokens that completions end at: the tokenizer's and the model's EOS and the `stop` strings.
+
+    Raises:
+        InputError: a stop string is not a single token.
+    """
+    return sorted({*end_tokens(policy, tokenizer), *(_single_token(tokenizer, text) for text in stop)})
 
 
 def _single_token(tokenizer: Any, text: str) -> int:

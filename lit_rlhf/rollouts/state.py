@@ -99,7 +99,7 @@ def check_same_model(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> 
     if other:
         raise InputError(
             f"ckpt_path: the checkpoint's models are not those of this run ({len(other)} weights differ, such as "
-            f"{other[0]}); give the same model, algo.kl_coef and algo.value"
+            f"{other[0]}); give the same model, model.lora, algo.kl_coef and algo.value"
         )
 
 

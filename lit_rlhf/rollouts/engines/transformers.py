@@ -8,8 +8,7 @@ numbers belong to the prompt and not to the batch (`lit_rlhf.rollouts.random`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import max_positions
+from lit_rlhf.models.modes import eval_mode
 from lit_rlhf.rollouts.engines.cache import new_cache
 from lit_rlhf.rollouts.random import mix_seed, uniforms
 from lit_rlhf.types import Rollout, SamplingConfig, pad_left
@@ -68,7 +68,7 @@ class TransformersEngine:
         ids, mask = (x.to(device) for x in self._checked(prompt_ids, sampling.max_new_tokens))
         ends = torch.tensor(self.end_token_ids, dtype=torch.long, device=device)
         uniform = uniforms(_seed_per_prompt(seed, len(ids)), G, sampling.max_new_tokens)
-        with _eval_mode(self.model):
+        with eval_mode(self.model):
             forward = _Forward(self.model, ids, mask, sampling.max_new_tokens, self.preallocate)
             response, response_mask, logprobs = self._sample(forward, sampling, _for_sampling(uniform, device), ends)
         last = response.gather(1, response_mask.sum(1, keepdim=True) - 1).squeeze(1)
@@ -244,15 +244,3 @@ def _seed_per_prompt(seed: int | Sequence[int], prompts: int) -> list[int]:
     if len(seed) != prompts:
         raise InputError(f"got {len(seed)} seeds for {prompts} prompts: give one per prompt, or one integer")
     return list(seed)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradient checkpointing inside; every submodule's own mode is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
