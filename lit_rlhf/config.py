@@ -183,5 +183,7 @@ def check_config(config: Mapping[str, Any], path: str = "") -> None:
         where = f"{path}.{key}" if path else str(key)
         if path in ("callbacks", "logger") and key not in siblings and value is not None:
             raise InputError(f"unknown key {where!r}{nearest(str(key), siblings)}")
-        if isinstance(value, Mapping):
-            check_config(value, where)
+        inside = {f"{where}.{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {where: value}
+        for place, node in inside.items():
+            if isinstance(node, Mapping):
+                check_config(node, place)

@@ -15,8 +15,9 @@ from lit_rlhf.algorithms.critic import Critic, CriticArgs
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.kl_penalty import KLArgs, KLPenalty
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
+from lit_rlhf.algorithms.reward_scaling import RewardArgs, RewardScaling
 from lit_rlhf.cli import primary
-from lit_rlhf.config import check_config, conf_dir, nearest, prepare_arguments, signature_of
+from lit_rlhf.config import _SPECIAL, check_config, conf_dir, nearest, prepare_arguments, signature_of
 from lit_rlhf.errors import InputError
 from lit_rlhf.rollouts.importance import ImportanceArgs, ImportanceCorrection
 from lit_rlhf.train import _functions, check_run
@@ -112,6 +113,7 @@ PARTS = {
     KLPenalty: (KLArgs, {"kl_coef", "kl_in"}),
     Critic: (CriticArgs, {"clip_ratio"}),
     ImportanceCorrection: (ImportanceArgs, {"importance_correction"}),
+    RewardScaling: (RewardArgs, set()),
 }
 
 
@@ -206,9 +208,9 @@ def test_every_yaml_composes_and_its_keys_exist(group, name):
     else:
         config = config_of(f"{group}={name}")
     check_config(plain(config))
-    for path, node in nodes(plain(config)):  # check_config leaves lists alone
+    for path, node in nodes(plain(config)):
         signature = signature_of(node["_target_"])
-        unknown = set(node) - {"_target_"} - set(signature.parameters if signature else ())
+        unknown = set(node) - set(_SPECIAL) - set(signature.parameters if signature else ())
         assert not unknown or signature.open, (path, unknown)
 
 

@@ -70,4 +70,4 @@ def test_the_metrics_table_is_what_runs_log():
     found |= logged(DPO(batch_size=4, sampling=sampling)) | logged(RewardModeling(batch_size=4, center_coef=0.01))
     rows = [{"prompt": "1+2=" + "0" * zeros} for zeros in (0, 0, 0, 0, 200)]
     found |= logged(GRPO(**small, reward_funcs=[length]), train_rows=rows, held_out_rows=rows, long_rows="drop")
-    assert documented() == found
+    assert documented() == {re.sub(r"rewards/(exact_match|length)", "rewards/NAME", name) for name in found}

@@ -330,6 +330,7 @@ class RLHFModule(LightningModule):
 
     def validation_loader(self, rows: Sequence[Row], batch_size: int) -> PromptLoader:
         """Held-out prompts, sharded over the ranks."""
+        self.judges.check(rows)
         return PromptLoader(rows, self.encode_prompt, batch_size, self.rank, self.world_size)
 
     def export_model(self) -> Any:
@@ -358,7 +359,7 @@ class RLHFModule(LightningModule):
 
     def _counted(self) -> dict[str, Any]:
         states = {"sums": self.stats.sums.clone(), "highs": self.stats.highs.clone()}
-        return {"stats": states, "counted": list(self.stats.wanted)}
+        return {"stats": states, "counted": dict(self.stats.wanted)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore this rank's loop state and metrics.
@@ -372,6 +373,7 @@ class RLHFModule(LightningModule):
         own = checkpoint["lit_rlhf"]["ranks"][self.rank]
         self.loop = LoopState.from_plain(own["loop"])
         rewind_to_step(self.loop, checkpoint, self.accumulate)
-        self.stats.extend(own["counted"])
+        for name, statistics in own["counted"].items():
+            self.stats.extend([name], statistics)
         for name, value in own["stats"].items():
             setattr(self.stats, name, value.to(self.device))

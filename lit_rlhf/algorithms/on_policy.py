@@ -29,12 +29,15 @@ from lit_rlhf.algorithms.on_policy_checks import (
 )
 from lit_rlhf.algorithms.on_policy_stats import (
     ON_POLICY_STATS,
+    count_rewards,
     explained,
     loss_stats,
     rollout_stats,
     sample_stats,
+    tell,
     update_stats,
 )
+from lit_rlhf.algorithms.reward_scaling import RewardArgs, RewardScaling
 from lit_rlhf.algorithms.target_kl import TargetKL
 from lit_rlhf.errors import check_choice
 from lit_rlhf.functional.shaping import add_scores
@@ -47,19 +50,13 @@ from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader
 from lit_rlhf.rollouts.sampler import start_of_update
 from lit_rlhf.types import Experience, PromptBatch, Row, ScoredRollout
 
-_PROPORTIONAL_LOSSES = (
-    "clip",
-    "gspo",
-    "gspo_token",
-    "cispo",
-    "sequence_clip",
-    "reinforce",
-)  # 0 where the advantage is 0
+# 0 where the advantage is 0
+_PROPORTIONAL_LOSSES = ("clip", "gspo", "gspo_token", "cispo", "sequence_clip", "reinforce")
 _OF_THE_PAPER = (
     *("minibatches", "update_epochs", "advantage_estimator", "policy_loss", "kl_in", "whiten_advantages", "value"),
     "importance_correction",
 )
-_PARTS = (KLArgs.__annotations__, CriticArgs.__annotations__, ImportanceArgs.__annotations__)
+_PARTS = tuple(part.__annotations__ for part in (KLArgs, CriticArgs, ImportanceArgs, RewardArgs))
 
 
 class OnPolicyModule(RLHFModule):
@@ -95,7 +92,7 @@ class OnPolicyModule(RLHFModule):
             forward and backward pass. The gradient is the same, since the built-in losses are proportional to the
             advantage; the `stability/` metrics then describe the completions that remain. Without effect beside a
             KL, entropy or value term or a loss of your own, which may act on all.
-        **parts: the arguments of `RLHFModule`, `KLPenalty`, `Critic` and `ImportanceCorrection`.
+        **parts: the arguments of `RLHFModule`, `KLPenalty`, `Critic`, `ImportanceCorrection` and `RewardScaling`.
     """
 
     advantage_estimator: Any = "group_normalize"
@@ -137,7 +134,7 @@ class OnPolicyModule(RLHFModule):
         **parts: Unpack[TemplateArgs],
     ) -> None:
         given: dict[str, Any] = dict(parts)
-        kl, critic, importance = ({k: given.pop(k) for k in part if k in given} for part in _PARTS)
+        kl, critic, importance, scaling = ({k: given.pop(k) for k in part if k in given} for part in _PARTS)
         kind = type(self).value if value is None else value
         check_choice("algo.value", kind, ("none", "shared", "separate"))
         super().__init__(**given, lr=lr, reference=kl_coef != 0 or self.needs_reference, value=kind)
@@ -149,7 +146,7 @@ class OnPolicyModule(RLHFModule):
         self.group_size, self.prompts_per_rollout, self.loss_agg = group_size, prompts_per_rollout, loss_agg
         self.kl_coef, self.kl = kl_coef, KLPenalty(kl_coef, self.kl_in, **kl)
         self.critic = Critic(getattr(self, "clip_ratio_high", 0.2), **critic)
-        self.target_kl = TargetKL(target_kl)
+        self.target_kl, self.reward_scaling = TargetKL(target_kl), RewardScaling(**scaling)
         self.importance = ImportanceCorrection(self.importance_correction, **importance)
         self.value_lr = self.critic.lr
         self.entropy_coef, self.entropy = entropy_coef, entropy
@@ -205,8 +202,10 @@ class OnPolicyModule(RLHFModule):
 
     def sample_recorded(self, prompts: PromptBatch) -> ScoredRollout:
         """`sample`, counted in the rollout's metrics."""
+        tell(self, prompts)
         sampled = self.sample(prompts)
         self.count(sample_stats(sampled, self.accuracy(sampled), self.group_size))
+        count_rewards(self, sampled)
         self.clock["tokens"] += float(sampled.lengths.sum())
         return sampled
 
@@ -230,6 +229,7 @@ class OnPolicyModule(RLHFModule):
         be scored is not among them, and its advantage is 0.
         """
         coef = self.current_kl_coef
+        rollout = self.reward_scaling(rollout, self.loop.numbers)
         rollout = replace(rollout, rewards=self.shape_rewards(rollout))
         found = checked_advantages(self.compute_advantages(rollout))
         advantages, returns = (per_token(x, rollout) for x in found)
@@ -429,4 +429,5 @@ class OnPolicyModule(RLHFModule):
         """The lazy view of the rollouts. The prompts are those of pass 0 over the data, shuffled for ever."""
         check_loop(self)
         self.prompts = PromptStream(rows_of(0), self.encode_prompt, self.seed)
+        self.rewards.check(self.prompts.rows)  # type: ignore[union-attr]
         return RolloutLoader(self)

@@ -8,11 +8,12 @@ from typing import Any, Literal
 from lit_rlhf.algorithms.base import ModuleArgs
 from lit_rlhf.algorithms.critic import CriticArgs
 from lit_rlhf.algorithms.kl_penalty import KLArgs, Place
+from lit_rlhf.algorithms.reward_scaling import RewardArgs
 from lit_rlhf.models.wrapper import ValueKind
 from lit_rlhf.rollouts.importance import ImportanceArgs, Level
 
 
-class TemplateArgs(ModuleArgs, KLArgs, CriticArgs, ImportanceArgs, total=False):
+class TemplateArgs(ModuleArgs, KLArgs, CriticArgs, ImportanceArgs, RewardArgs, total=False):
     """The keyword arguments that `OnPolicyModule` hands on to its parts."""
 
 

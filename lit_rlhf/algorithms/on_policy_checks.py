@@ -75,6 +75,7 @@ def warn_of_idle(module: OnPolicyModule, given: Mapping[str, Any]) -> None:
         (value_args, module.value == "none", "algo.value=none"),
         (("importance_clip_min", "importance_clip_max", "staleness_decay"), level == "none", f"{_IMPORTANCE}=none"),
         (("bootstrap_truncated",), module.mask_truncated, "algo.mask_truncated=true"),
+        (("normalize_rewards",), _scale_free(module), f"algo.advantage_estimator={module.advantage_estimator}"),
     ]
     for names, without_effect, because in idle:
         for name in (n for n in names if without_effect and given.get(n) not in (None, False)):
@@ -86,6 +87,14 @@ def warn_of_idle(module: OnPolicyModule, given: Mapping[str, Any]) -> None:
             stacklevel=4,
         )
     _warn_of_clip_range(module)
+
+
+def _scale_free(module: OnPolicyModule) -> bool:
+    """Whether advantages are the same for rewards of any mean and scale."""
+    by_deviation = module.advantage_estimator == "group_normalize" and getattr(module, "scale_rewards", "std") != "none"
+    added = module.kl.in_reward or module.truncation_penalty or module.reward_scaling.clip is not None
+    shapes = type(module).shape_rewards.__qualname__ != "OnPolicyModule.shape_rewards"
+    return by_deviation and not (added or shapes)
 
 
 def _warn_of_clip_range(module: OnPolicyModule) -> None:

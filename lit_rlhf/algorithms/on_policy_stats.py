@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,13 @@ from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.functional.policy_losses import policy_ratio
 from lit_rlhf.metrics import Cells
 from lit_rlhf.models.scoring import Scores
+from lit_rlhf.rewards import TrainerState
 from lit_rlhf.rollouts.dynamic_sampling import alone, informative
 from lit_rlhf.rollouts.importance import IMPORTANCE_STATS
-from lit_rlhf.types import Experience, ScoredRollout
+from lit_rlhf.types import Experience, PromptBatch, ScoredRollout
+
+if TYPE_CHECKING:
+    from lit_rlhf.algorithms.on_policy import OnPolicyModule
 
 ON_POLICY_STATS: Mapping[str, tuple[str, ...]] = {
     "loss/loss": ("value",),
@@ -65,6 +69,28 @@ def sample_stats(sampled: ScoredRollout, accuracy: Tensor | None, group_size: in
     if accuracy is not None:
         found["reward/accuracy"] = accuracy
     return {name: (value, ~value.isnan()) for name, value in found.items()}
+
+
+def tell(module: OnPolicyModule, prompts: PromptBatch) -> None:
+    """Tell the reward functions where training stands when these prompts are sampled."""
+    if module.rewards is None:
+        return
+    passes = 0.0
+    if module.prompts is not None:
+        first = prompts.index[0] - module.rank * len(prompts)  # of all ranks
+        passes = first / len(module.prompts.rows)
+    module.rewards.trainer_state = TrainerState(module.global_step, passes, module.total_steps or -1)
+
+
+def count_rewards(module: OnPolicyModule, sampled: ScoredRollout) -> None:
+    """Count each reward function on its own, over all that was sampled, and what the functions logged themselves."""
+    if module.rewards is None:
+        return
+    names = [f"rewards/{name}" for name in module.rewards.names]
+    module.stats.extend(names, ("value", "std"))
+    module.count({name: (x, ~x.isnan()) for name, x in zip(names, sampled.reward_parts.unbind(1), strict=True)})
+    logged = {f"rewards/{name}": torch.tensor(values) for name, values in module.rewards.metrics.items()}
+    module.count({name: (values, ~values.isnan()) for name, values in logged.items()})
 
 
 def rollout_stats(batch: Experience) -> dict[str, tuple[Tensor | float, Tensor | None]]:

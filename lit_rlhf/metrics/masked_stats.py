@@ -60,12 +60,14 @@ class MaskedStats(MomentsMetric):
         super().__init__(len(self.wanted), **kwargs)
         self._column_of = {name: column for column, name in enumerate(self.wanted)}
 
-    def extend(self, names: Iterable[str]) -> None:
-        """Log the mean of these quantities too, those that are known already excepted."""
+    def extend(self, names: Iterable[str], statistics: Sequence[str] = ()) -> None:
+        """Log these quantities too: these statistics of them, or the mean of those that are not known already."""
+        names = list(names)
         new = [name for name in names if name not in self.wanted]
+        self.wanted |= dict.fromkeys(new, () if statistics else ("value",))
+        self.wanted |= {name: tuple(dict.fromkeys((*self.wanted[name], *statistics))) for name in names}
         if not new:
             return
-        self.wanted |= dict.fromkeys(new, ("value",))
         self._column_of = {name: column for column, name in enumerate(self.wanted)}
         for state in ("sums", "highs"):
             empty = self._defaults[state]

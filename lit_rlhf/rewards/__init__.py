@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lit_rlhf.rewards.functions import RewardFunctions, reward_functions, verifier
+from lit_rlhf.rewards.functions import RewardFunctions, TrainerState, reward_functions, verifier
 from lit_rlhf.rewards.judges import Judges
-from lit_rlhf.rewards.verifiers import exact_match, final_number, numeric_answer
+from lit_rlhf.rewards.shaping import cosine_length, overlong, regex_format, repetition_penalty
+from lit_rlhf.rewards.verifiers import exact_match, final_number, math_expression, numeric_answer, text_of
 
 if TYPE_CHECKING:
     from lit_rlhf.rewards.models import RewardModel
@@ -15,10 +16,17 @@ __all__ = [
     "Judges",
     "RewardFunctions",
     "RewardModel",
+    "TrainerState",
+    "cosine_length",
     "exact_match",
     "final_number",
+    "math_expression",
     "numeric_answer",
+    "overlong",
+    "regex_format",
+    "repetition_penalty",
     "reward_functions",
+    "text_of",
     "verifier",
 ]
 

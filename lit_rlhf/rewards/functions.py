@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import importlib
 import inspect
-import sys
-from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar, overload
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, check_number
+from lit_rlhf.rewards.calling import LARGEST, TOLD, awaited, call, numbers, wanted
+from lit_rlhf.rewards.resolving import SCORED, RewardFunction, name_of, resolve, unique, unwrapped
+from lit_rlhf.types import Row
 
-RewardFunction = Callable[..., Any]
+Described: TypeAlias = RewardFunction | str | Mapping[str, Any] | nn.Module
 F = TypeVar("F", bound=RewardFunction)
 
-_LARGEST = torch.finfo(torch.float32).max
+TIMEOUT = 300.0  # seconds; well below the ten minutes after which ranks that wait for another one give up
 
 
 @overload
@@ -34,7 +35,7 @@ def verifier(fn: F | None = None, *, answer: Callable[[str], Hashable | None] | 
     around it.
     """
     if fn is None:
-        return functools.partial(_marked, answer=answer)
+        return partial(_marked, answer=answer)
     return _marked(fn, answer)
 
 
@@ -43,22 +44,40 @@ def _marked(fn: F, answer: Callable[[str], Hashable | None] | None) -> F:
     return fn
 
 
+@dataclass(frozen=True)
+class TrainerState:
+    """Where training stands, for reward functions that name `trainer_state`."""
+
+    global_step: int = 0  # optimiser steps taken
+    epoch: float = 0.0  # passes over the prompts
+    max_steps: int = -1  # optimiser steps of the whole run; -1 where its end is not known
+
+
 class RewardFunctions:
     """A weighted sum of reward functions.
 
     A reward function has TRL's signature, `fn(prompts, completions, completion_ids=None, **columns) ->
     list[float | None]`, one number per completion; `None` says that it does not apply to that row. It is
-    called with keywords: `prompts`, `completions`, `completion_ids` and the dataset's columns but `prompt`,
-    only those it names unless it takes `**kwargs`.
+    called with keywords, and only with those it names unless it takes `**kwargs`: `prompts`, `completions`,
+    `completion_ids`, the dataset's columns but `prompt`, `trainer_state`, `log_metric(name, value)` and
+    `log_extra(column, values)`. Where a prompt is a list of chat messages its completion is one, too:
+    `[{"role": "assistant", "content": text}]`. Asynchronous functions run at the same time.
 
     Args:
-        funcs: a function, or its import string ("my_file.my_function"; the current directory is searched
-            first, as `python -m` does, and stays on `sys.path`), or several of them. A string that is a folder or
-            has a "/" is a reward model's path or Hub name, see `RewardModel`; so is the model itself.
-        weights: one per function; all 1 if not given.
+        funcs: one or several of: a function, an object or a class that can be called; an import string
+            ("my_file.my_function"; the current directory is searched first, as `python -m` does, and stays on
+            `sys.path`); a reward model, or a string that is its folder or has a "/", its Hub name, see `RewardModel`;
+            a mapping with an import string as its `_target_` and arguments: those of a reward function are fixed, a
+            class or anything else that makes reward functions is called with them.
+        weights: one per function; all 1 if not given. A function of weight 0 is only reported.
+        timeout: seconds that a function may take for one call, after which the run ends with a sentence; None for no
+            limit.
 
     Attributes:
         names: one unique name per function, for logging: a repeated one gets `_2`, `_3`, ...
+        trainer_state: what functions are told about where training stands; whoever trains sets it.
+        metrics: what functions logged during the last call, `"function/name"` to its values.
+        extras: columns that they logged during the last call, `"function/column"` to its values.
 
     Raises:
         InputError: for a function that cannot be found or called, and for weights that do not fit.
@@ -75,45 +94,100 @@ class RewardFunctions:
 
     def __init__(
         self,
-        funcs: RewardFunction | str | Sequence[RewardFunction | str],
+        funcs: Described | Sequence[Described],
         weights: Sequence[float] | None = None,
+        timeout: float | None = TIMEOUT,
     ) -> None:
-        if not (callable(funcs) or isinstance(funcs, Sequence)):
+        one = callable(funcs) or isinstance(funcs, str | Mapping)
+        if not (one or isinstance(funcs, Sequence)):
             raise InputError(f"reward functions: give callables or import strings, got {funcs!r}")
-        given = [funcs] if callable(funcs) or isinstance(funcs, str) else list(funcs)
+        given: list[Any] = [funcs] if one else list(funcs)  # type: ignore[arg-type]
         if not given:
             raise InputError("reward functions: at least one is needed, got none")
-        self.funcs = [_resolve(fn) for fn in given]
-        self.names = _unique([_name(fn) for fn in self.funcs])
-        self.weights = _check_weights(weights, self.names)
+        check_number("reward.timeout", 1.0 if timeout is None else timeout, above=0)
+        self.funcs = [resolve(fn) for fn in given]
+        self.names = unique([name_of(fn) for fn in self.funcs])
+        self.weights, self.timeout = _check_weights(weights, self.names), timeout
+        self.trainer_state = TrainerState()
+        self.metrics: dict[str, list[float]] = {}
+        self.extras: dict[str, list[Any]] = {}
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
     ) -> tuple[Tensor, Tensor]:
         """Score N completions.
 
+        Args:
+            prompts: N texts, or N lists of chat messages.
+            completions: N texts.
+            completion_ids: their token ids.
+            columns: of the dataset, N values each.
+
         Returns:
-            The weighted sum `[N]` over the functions that apply, NaN where none does, and each function's
-            rewards `[N, F]`, NaN where it does not apply; both float32.
+            The weighted sum `[N]` over the functions that apply, NaN where none does but those of weight 0, and each
+            function's rewards `[N, F]`, NaN where it does not apply; both float32.
 
         Raises:
-            InputError: a function raised, needs a column that is not there, or returned something other
+            InputError: a function raised, hung, needs a column that is not there, or returned something other
                 than N finite numbers or `None`s.
         """
+        self.metrics, self.extras = {}, {}
+        pairs = zip(prompts, completions, strict=True)
+        answers = [text if isinstance(p, str) else [{"role": "assistant", "content": text}] for p, text in pairs]
         offered: dict[str, Any] = {name: values for name, values in columns.items() if name != "prompt"}
-        offered |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        rewards = [
-            _checked(_call(fn, name, offered), len(completions), name)
-            for fn, name in zip(self.funcs, self.names, strict=True)
-        ]
+        offered |= {"prompts": list(prompts), "completions": answers, "completion_ids": list(completion_ids)}
+        returned = self._returned(offered)
+        rewards = [numbers(found, len(completions), name) for name, found in returned.items()]
         parts = torch.tensor(rewards, dtype=torch.float32).T.contiguous()
-        absent = parts.isnan()
-        total = torch.where(absent, 0.0, parts) @ torch.tensor(self.weights, dtype=torch.float32)
-        return torch.where(absent.all(1), torch.nan, total), parts
+        weights, absent = torch.tensor(self.weights, dtype=torch.float32), parts.isnan()
+        total = torch.where(absent, 0.0, parts) @ weights
+        return torch.where((absent | (weights == 0)).all(1), torch.nan, total), parts
+
+    def _returned(self, offered: Mapping[str, Any]) -> dict[str, Any]:
+        """What each function returns; the asynchronous ones are awaited when the others are done, all together."""
+        returned: dict[str, Any] = {}
+        try:
+            for fn, name in zip(self.funcs, self.names, strict=True):
+                logs = {"log_extra": partial(self._log_extra, name), "log_metric": partial(self._log_metric, name)}
+                keywords = {**offered, "trainer_state": self.trainer_state, **logs}
+                returned[name] = call(fn, name, keywords, self.timeout)
+        except BaseException:
+            for found in returned.values():
+                if inspect.iscoroutine(found):
+                    found.close()  # or Python warns that it was never awaited
+            raise
+        later = {name: found for name, found in returned.items() if inspect.isawaitable(found)}
+        return returned | awaited(later, self.timeout)
+
+    def _log_metric(self, function: str, name: str, value: float) -> None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.inf
+        if math.isinf(number):
+            raise InputError(f"reward function {function} logged {value!r} as {name!r}; expected a finite number")
+        self.metrics.setdefault(f"{function}/{name}", []).append(number)
+
+    def _log_extra(self, function: str, column: str, values: Sequence[Any]) -> None:
+        self.extras.setdefault(f"{function}/{column}", []).extend(values)
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Look for what can be known before anything is sampled.
+
+        Raises:
+            InputError: a function needs a column that the rows do not have, or a reward model cannot read the prompts.
+        """
+        if not rows:
+            return
+        columns = [name for name in rows[0] if name != "prompt"]
+        for fn, name in zip(self.funcs, self.names, strict=True):
+            wanted(fn, name, [*columns, *SCORED, *TOLD])
+            if hasattr(fn, "check_prompt"):
+                fn.check_prompt(rows[0]["prompt"])
 
     def to(self, device: torch.device | str) -> RewardFunctions:
         """Move the reward models to `device`."""
@@ -125,14 +199,15 @@ class RewardFunctions:
     def accuracy(self, parts: Tensor) -> Tensor | None:
         """Return the first verifier's column `[N]` of `parts` `[N, F]`, or `None` if no function is one."""
         for column, fn in enumerate(self.funcs):
-            if getattr(_unwrapped(fn), "verifies", False):
+            if getattr(unwrapped(fn), "verifies", False):
                 return parts[:, column]
         return None
 
 
 def reward_functions(
-    funcs: RewardFunctions | Sequence[RewardFunction | str] | RewardFunction | str | None,
+    funcs: RewardFunctions | Described | Sequence[Described] | None,
     weights: Sequence[float] | None = None,
+    timeout: float | None = TIMEOUT,
 ) -> RewardFunctions | None:
     """Whatever describes rewards, as `RewardFunctions`; `None` where nothing is given.
 
@@ -145,79 +220,7 @@ def reward_functions(
         raise InputError("reward weights belong to funcs: give them to RewardFunctions(funcs, weights)")
     if funcs is None or isinstance(funcs, RewardFunctions):
         return funcs
-    return RewardFunctions(funcs, weights)
-
-
-def _resolve(fn: RewardFunction | str) -> RewardFunction:
-    if isinstance(fn, nn.Module) or (isinstance(fn, str) and _is_model(fn)):
-        from lit_rlhf.rewards.models import RewardModel  # Transformers is heavy
-
-        return RewardModel(fn)
-    if isinstance(fn, str):
-        return _imported(fn)
-    if not callable(fn):
-        raise InputError(f"a reward function must be a callable or an import string, got {fn!r}")
-    return fn
-
-
-def _is_model(name: str) -> bool:
-    return "/" in name or Path(name).is_dir()
-
-
-def _imported(path: str) -> RewardFunction:
-    module_name, _, name = path.rpartition(".")
-    if not module_name or not name or path.startswith("."):
-        raise InputError(f"reward function {path!r} is no import string: write 'my_file.my_function'")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    importlib.invalidate_caches()  # the file may have been written a moment ago
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise InputError(f"reward function {path!r}: {module_name} cannot be imported, {error}") from error
-        nearest = _nearest(module_name, [file.stem for file in Path.cwd().glob("*.py")])
-        raise InputError(
-            f"reward function {path!r}: there is no module {module_name!r}, neither installed nor "
-            f"in {Path.cwd()}{nearest}"
-        ) from None
-    except Exception as error:
-        raise InputError(
-            f"reward function {path!r}: importing {module_name} raised {type(error).__name__}: {error}"
-        ) from error
-    fn = getattr(module, name, None)
-    if not callable(fn):
-        found = "" if fn is None else f", only a value of type {type(fn).__name__}"
-        nearest = _nearest(name, [n for n, value in vars(module).items() if callable(value) and n[0] != "_"])
-        raise InputError(f"reward function {path!r}: module {module_name!r} has no function {name!r}{found}{nearest}")
-    return fn  # type: ignore[no-any-return]
-
-
-def _nearest(name: str, candidates: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)
-    return f"; the nearest is {matches[0]!r}" if matches else ""
-
-
-def _unwrapped(fn: RewardFunction) -> RewardFunction:
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return fn
-
-
-def _name(fn: RewardFunction) -> str:
-    fn = _unwrapped(fn)
-    return getattr(fn, "__name__", type(fn).__name__).strip("<>")
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    unique: list[str] = []
-    for name in names:
-        candidate, count = name, 1
-        while candidate in unique:
-            count += 1
-            candidate = f"{name}_{count}"
-        unique.append(candidate)
-    return unique
+    return RewardFunctions(funcs, weights, timeout)
 
 
 def _check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float]:
@@ -226,68 +229,8 @@ def _check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> lis
     if len(weights) != len(names):
         raise InputError(f"reward weights: {len(names)} needed, one for each of {', '.join(names)}, got {len(weights)}")
     for weight, name in zip(weights, names, strict=True):
-        if not isinstance(weight, int | float) or not abs(weight) <= _LARGEST:
+        if not isinstance(weight, int | float) or not abs(weight) <= LARGEST:
             raise InputError(f"reward weights: the weight of {name} must be a finite number, got {weight!r}")
+    if not any(weights):
+        raise InputError("reward weights: all of them are 0, and nothing could be learnt; give one function a weight")
     return [float(weight) for weight in weights]
-
-
-def _call(fn: RewardFunction, name: str, offered: dict[str, Any]) -> Any:
-    keywords = {key: list(values) for key, values in _wanted(fn, name, offered).items()}  # copies: it may change them
-    try:
-        return fn(**keywords)
-    except InputError:  # says it itself
-        raise
-    except Exception as error:
-        raise InputError(f"reward function {name} raised {type(error).__name__}: {error}") from error
-
-
-def _wanted(fn: RewardFunction, name: str, offered: dict[str, Any]) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except ValueError:  # compiled functions may hide their signature
-        return offered
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        wanted = offered
-    else:
-        wanted = {p.name: offered[p.name] for p in parameters if p.name in offered}
-    for p in parameters:
-        needed = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        if needed and p.name not in offered:
-            has = ", ".join(sorted(offered))
-            raise InputError(f"reward function {name} needs {p.name!r}, which the data does not have; it has {has}")
-    return wanted
-
-
-def _checked(returned: Any, count: int, name: str) -> list[float]:
-    """Turn what a reward function returned into `count` floats, NaN for `None`."""
-    expected = f"expected a list of {count} numbers or None"
-    if inspect.isawaitable(returned):
-        if inspect.iscoroutine(returned):
-            returned.close()  # or Python warns that it was never awaited
-        raise InputError(f"reward function {name} returned a coroutine, which is not read yet; {expected}")
-    if getattr(returned, "ndim", None) == 1 and hasattr(returned, "tolist"):  # a tensor or an array
-        returned = returned.tolist()
-    if not isinstance(returned, list | tuple):
-        shape = f" of shape {tuple(returned.shape)}" if hasattr(returned, "shape") else ""
-        raise InputError(f"reward function {name} returned a {type(returned).__name__}{shape}; {expected}")
-    if len(returned) != count:
-        raise InputError(f"reward function {name} returned {len(returned)} rewards; {expected}")
-    return [_number(value, row, name) for row, value in enumerate(returned)]
-
-
-def _number(value: Any, row: int, name: str) -> float:
-    if value is None:
-        return float("nan")
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar of torch or numpy
-        value = value.item()
-    if not isinstance(value, int | float):
-        raise InputError(
-            f"reward function {name} returned {value!r} ({type(value).__name__}) for row {row}; "
-            f"expected a number, or None where it does not apply"
-        )
-    if not abs(value) <= _LARGEST:  # NaN fails every comparison
-        raise InputError(
-            f"reward function {name} returned {value} for row {row}; "
-            f"expected a finite number, or None where it does not apply"
-        )
-    return float(value)

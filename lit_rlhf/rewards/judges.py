@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rlhf.rewards.functions import RewardFunction, RewardFunctions, _unique, _unwrapped
+from lit_rlhf.rewards.functions import RewardFunctions
+from lit_rlhf.rewards.resolving import RewardFunction, unique, unwrapped
+from lit_rlhf.types import Row
 
 
 class Judges:
@@ -34,11 +36,11 @@ class Judges:
     """
 
     def __init__(self, rewards: RewardFunctions | None, verifiers: Sequence[RewardFunction | str] = ()) -> None:
-        known = [] if rewards is None else [_unwrapped(fn) for fn in rewards.funcs]
-        extra = [fn for fn in RewardFunctions(verifiers).funcs if _unwrapped(fn) not in known] if verifiers else []
+        known = [] if rewards is None else [unwrapped(fn) for fn in rewards.funcs]
+        extra = [fn for fn in RewardFunctions(verifiers).funcs if unwrapped(fn) not in known] if verifiers else []
         self.scored_by = [] if rewards is None else [rewards]
         self.scored_by += [RewardFunctions(extra)] if extra else []
-        self.names = _unique([name for functions in self.scored_by for name in functions.names])
+        self.names = unique([name for functions in self.scored_by for name in functions.names])
 
     def __bool__(self) -> bool:
         """Whether there is anything to score with."""
@@ -55,6 +57,11 @@ class Judges:
         found = [functions(prompts, completions, completion_ids, columns) for functions in self.scored_by]
         return found[0][0], torch.cat([parts for _, parts in found], 1)
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """See `RewardFunctions.check`."""
+        for functions in self.scored_by:
+            functions.check(rows)
+
     def to(self, device: torch.device | str) -> Judges:
         """Move the reward models to `device`."""
         for functions in self.scored_by:
@@ -64,7 +71,7 @@ class Judges:
     @property
     def verifier(self) -> tuple[int, RewardFunction] | None:
         """Column and function of the first verifier; None if no function is one."""
-        every = [_unwrapped(fn) for functions in self.scored_by for fn in functions.funcs]
+        every = [unwrapped(fn) for functions in self.scored_by for fn in functions.funcs]
         return next(((column, fn) for column, fn in enumerate(every) if getattr(fn, "verifies", False)), None)
 
     def accuracy(self, parts: Tensor) -> Tensor | None:

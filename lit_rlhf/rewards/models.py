@@ -86,7 +86,15 @@ class RewardModel:
         self.model.to(device)
         return self
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+    def check_prompt(self, prompt: Any) -> None:
+        """Raise an `InputError` for a prompt of chat messages where the tokenizer has no chat template."""
+        if not isinstance(prompt, str) and not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(
+                f"reward model {self.__name__}: prompts are chat messages, and its tokenizer has no chat template; set "
+                "tokenizer.chat_template, or give plain texts"
+            )
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         """The reward of each of the N completions."""
         rows = [self.encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

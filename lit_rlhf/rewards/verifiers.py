@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.functions import verifier
+from lit_rlhf.rewards.timeouts import TimedOut, within
+
+T = TypeVar("T")
 
 # A minus is a sign only where nothing stands before it: "10-7" holds 10 and 7, "=-7" holds -7.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)%])[-−])?\$?(?P<inner_sign>(?<=\$)[-−])?"
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
+
+
+_SECONDS = 5.0  # for one expression
+_LOUD = ("math_verify.parser", "math_verify.grader")  # they warn that the limit on time is ours
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion: itself, or the content of its chat messages.
+
+    >>> text_of([{"role": "assistant", "content": "46"}])
+    '46'
+    """
+    if isinstance(completion, str):
+        return completion
+    contents = [message.get("content") or "" for message in completion]
+    blocks = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return "".join(block.get("text", "") for content in blocks for block in content)
 
 
 @verifier
@@ -23,8 +46,8 @@ def exact_match(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> 
     >>> exact_match(completions=[" 46", "47"], answer=["46", "46"])
     [1.0, 0.0]
     """
-    pairs = zip(completions, answer, strict=True)
-    return [None if right is None else float(completion.strip() == str(right).strip()) for completion, right in pairs]
+    pairs = zip(map(text_of, completions), answer, strict=True)
+    return [None if right is None else float(text.strip() == str(right).strip()) for text, right in pairs]
 
 
 @verifier(answer=lambda completion: final_number(completion))
@@ -39,8 +62,61 @@ def numeric_answer(completions: Sequence[str], answer: Sequence[Any], **_: Any) 
     [1.0, 1.0, 0.0]
     """
     references = [final_number(str(right)) for right in answer]
-    pairs = zip(completions, references, strict=True)
-    return [None if right is None else float(final_number(completion) == right) for completion, right in pairs]
+    pairs = zip(map(text_of, completions), references, strict=True)
+    return [None if right is None else float(final_number(text) == right) for text, right in pairs]
+
+
+@verifier
+def math_expression(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+    r"""Return 1.0 where the completion's final expression equals the answer, as the library math-verify decides.
+
+    `None` where the reference answer is no expression that it reads; 0.0 where the completion holds none, or comparing
+    takes longer than five seconds. An answer without `$` or `\boxed` is read with `$` about it, too.
+
+    >>> math_expression(completions=[r"so $x = \frac{2}{4}$", "$0.6$"], answer=["1/2", "1/2"])
+    [1.0, 0.0]
+    """
+    golds: dict[str, list[Any]] = {
+        right: _in_time(partial(_gold, right), []) for right in {str(a) for a in answer if a is not None}
+    }
+    found: list[float | None] = []
+    for text, right in zip(map(text_of, completions), answer, strict=True):
+        gold = golds.get(str(right), [])
+        found.append(float(_in_time(partial(_equal, gold, text), False)) if gold else None)
+    return found
+
+
+def _gold(right: str) -> list[Any]:
+    return _expressions(right) or _expressions(f"${right}$")
+
+
+def _equal(gold: list[Any], text: str) -> bool:
+    predicted = _expressions(text)
+    return bool(predicted) and bool(_math_verify().verify(gold, predicted, timeout_seconds=None))
+
+
+def _expressions(text: str) -> list[Any]:
+    # a limit of its own would need the main thread, and would take away the one that is set around it
+    return list(_math_verify().parse(text, parsing_timeout=None))
+
+
+def _math_verify() -> Any:
+    try:
+        import math_verify
+    except ImportError:
+        raise InputError(
+            "lit_rlhf.rewards.math_expression needs the package math-verify: pip install 'lit_rlhf[math]'"
+        ) from None
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return math_verify
+
+
+def _in_time(call: Callable[[], T], otherwise: T) -> T:
+    try:
+        return within(_SECONDS, call)
+    except TimedOut:
+        return otherwise
 
 
 def final_number(text: str) -> Decimal | None:

@@ -138,6 +138,8 @@ IGNORED = {
     "value_coef": 1.0,
     "value_clip": None,
     "staleness_decay": 1.0,
+    "normalize_rewards": True,
+    "reward_clip": 5.0,
     "importance_clip_max": 3.0,
     "weight_decay": 0.1,
     "sampling": {"max_new_tokens": 4},

@@ -1,7 +1,6 @@
 """Reward functions: which keywords they get, how they add up, and what is refused."""
 
 import functools
-import inspect
 import math
 import re
 import sys
@@ -54,7 +53,8 @@ def test_a_function_with_keyword_arguments_gets_everything_but_prompt():
         return [0, 0, 0]
 
     score(everything)
-    assert seen == {
+    told = {"trainer_state", "log_metric", "log_extra"}
+    assert {name: value for name, value in seen.items() if name not in told} == {
         "prompts": PROMPTS,
         "completions": COMPLETIONS,
         "completion_ids": IDS,
@@ -149,16 +149,6 @@ def test_no_rows():
 )
 def test_bad_rewards_are_refused(value, message):
     assert message in refusal(returning(value))
-
-
-def test_a_coroutine_is_refused_and_closed():
-    async def later():
-        return [1, 2, 3]
-
-    coroutine = later()
-    assert "reward function reward returned a coroutine, which is not read yet" in refusal(returning(coroutine))
-    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
-    assert "reward function later returned a coroutine" in refusal(later)
 
 
 def test_an_exception_inside_is_named_and_chained():
