@@ -13,7 +13,14 @@ from typing import Any
 
 from lit_rlhf.errors import InputError
 
-_SIMPLE = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "Path": (str,)}
+_SIMPLE = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "Path": (str,),
+    "Sequence[int]": (list,),
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

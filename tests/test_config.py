@@ -19,6 +19,7 @@ from lit_rlhf.algorithms.reward_scaling import RewardArgs, RewardScaling
 from lit_rlhf.cli import primary
 from lit_rlhf.config import _SPECIAL, check_config, conf_dir, nearest, prepare_arguments, signature_of
 from lit_rlhf.errors import InputError
+from lit_rlhf.rollouts.curriculum import CurriculumArgs, SuccessCurriculum
 from lit_rlhf.rollouts.importance import ImportanceArgs, ImportanceCorrection
 from lit_rlhf.train import _functions, check_run
 from tests.helpers import NumberTokenizer, build, sum_of_ids, tiny_model
@@ -114,6 +115,7 @@ PARTS = {
     Critic: (CriticArgs, {"clip_ratio"}),
     ImportanceCorrection: (ImportanceArgs, {"importance_correction"}),
     RewardScaling: (RewardArgs, set()),
+    SuccessCurriculum: (CurriculumArgs, set()),
 }
 
 
@@ -416,7 +418,7 @@ def with_values(*assignments):
         ("algo.group_size=null", "'algo.group_size' must be int, got null"),
         ("model.path=null", "'model.path' must be str or Path, got null"),
         ("callbacks.foo=1", "unknown key 'callbacks.foo'; known: checkpoint, export, progress"),
-        ("data.train_size=many", "'data.train_size' must be int, got 'many'"),
+        ("data.train_size=many", "'data.train_size' must be int or Sequence[int], got 'many'"),
     ],
 )
 def test_bad_keys_and_values_are_refused_with_a_sentence(override, sentence):

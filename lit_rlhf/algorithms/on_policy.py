@@ -45,6 +45,7 @@ from lit_rlhf.models.scoring import Scores
 from lit_rlhf.models.wrapper import ValueKind
 from lit_rlhf.ranks import whiten_over_ranks
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss, has_ratio
+from lit_rlhf.rollouts.curriculum import CurriculumArgs, SuccessCurriculum
 from lit_rlhf.rollouts.importance import ImportanceArgs, ImportanceCorrection, Level
 from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader
 from lit_rlhf.rollouts.sampler import start_of_update
@@ -56,7 +57,7 @@ _OF_THE_PAPER = (
     *("minibatches", "update_epochs", "advantage_estimator", "policy_loss", "kl_in", "whiten_advantages", "value"),
     "importance_correction",
 )
-_PARTS = tuple(part.__annotations__ for part in (KLArgs, CriticArgs, ImportanceArgs, RewardArgs))
+_PARTS = tuple(part.__annotations__ for part in (KLArgs, CriticArgs, ImportanceArgs, RewardArgs, CurriculumArgs))
 
 
 class OnPolicyModule(RLHFModule):
@@ -92,7 +93,8 @@ class OnPolicyModule(RLHFModule):
             forward and backward pass. The gradient is the same, since the built-in losses are proportional to the
             advantage; the `stability/` metrics then describe the completions that remain. Without effect beside a
             KL, entropy or value term or a loss of your own, which may act on all.
-        **parts: the arguments of `RLHFModule`, `KLPenalty`, `Critic`, `ImportanceCorrection` and `RewardScaling`.
+        **parts: the arguments of `RLHFModule`, `KLPenalty`, `Critic`, `ImportanceCorrection`, `RewardScaling` and
+            `SuccessCurriculum`.
     """
 
     advantage_estimator: Any = "group_normalize"
@@ -134,7 +136,8 @@ class OnPolicyModule(RLHFModule):
         **parts: Unpack[TemplateArgs],
     ) -> None:
         given: dict[str, Any] = dict(parts)
-        kl, critic, importance, scaling = ({k: given.pop(k) for k in part if k in given} for part in _PARTS)
+        parts_given = ({k: given.pop(k) for k in part if k in given} for part in _PARTS)
+        kl, critic, importance, scaling, curriculum = parts_given
         kind = type(self).value if value is None else value
         check_choice("algo.value", kind, ("none", "shared", "separate"))
         super().__init__(**given, lr=lr, reference=kl_coef != 0 or self.needs_reference, value=kind)
@@ -148,6 +151,7 @@ class OnPolicyModule(RLHFModule):
         self.critic = Critic(getattr(self, "clip_ratio_high", 0.2), **critic)
         self.target_kl, self.reward_scaling = TargetKL(target_kl), RewardScaling(**scaling)
         self.importance = ImportanceCorrection(self.importance_correction, **importance)
+        self.curriculum = SuccessCurriculum(**curriculum)
         self.value_lr = self.critic.lr
         self.entropy_coef, self.entropy = entropy_coef, entropy
         self.truncation_penalty, self.mask_truncated = truncation_penalty, mask_truncated
@@ -193,6 +197,7 @@ class OnPolicyModule(RLHFModule):
         with self._precision():
             rollout = self.score_rollout(self.gather(prompts))
         experience = self.experience(rollout)
+        self.count(self.curriculum.update(self.loop))
         self.clock["rollout"] += time.perf_counter() - started
         return experience
 
@@ -204,7 +209,9 @@ class OnPolicyModule(RLHFModule):
         """`sample`, counted in the rollout's metrics."""
         tell(self, prompts)
         sampled = self.sample(prompts)
-        self.count(sample_stats(sampled, self.accuracy(sampled), self.group_size))
+        right = self.accuracy(sampled)
+        self.curriculum.note(sampled.group_ids, right)
+        self.count(sample_stats(sampled, right, self.group_size))
         count_rewards(self, sampled)
         self.clock["tokens"] += float(sampled.lengths.sum())
         return sampled
@@ -416,7 +423,8 @@ class OnPolicyModule(RLHFModule):
     def run_shape(self) -> dict[str, Any]:
         """See `RLHFModule.run_shape`."""
         sizes = ("prompts_per_rollout", "group_size", "minibatches", "update_epochs")
-        return {**super().run_shape, **{f"algo.{name}": getattr(self, name) for name in sizes}}
+        of_rollouts = {f"algo.{name}": getattr(self, name) for name in sizes}
+        return {**super().run_shape, **of_rollouts, **self.curriculum.run_shape}
 
     def draw_prompts(self, count: int) -> PromptBatch:
         """Take the next `count` prompts per rank from the stream."""
@@ -426,8 +434,8 @@ class OnPolicyModule(RLHFModule):
         return self.prompts.take(start + self.rank * count, count)
 
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> RolloutLoader:
-        """The lazy view of the rollouts. The prompts are those of pass 0 over the data, shuffled for ever."""
+        """The lazy view of the rollouts, whose prompts are the shuffled rows of pass 0, or the curriculum's."""
         check_loop(self)
-        self.prompts = PromptStream(rows_of(0), self.encode_prompt, self.seed)
+        self.prompts = self.curriculum.stream(self, rows_of(0))
         self.rewards.check(self.prompts.rows)  # type: ignore[union-attr]
         return RolloutLoader(self)

@@ -10,10 +10,11 @@ from lit_rlhf.algorithms.critic import CriticArgs
 from lit_rlhf.algorithms.kl_penalty import KLArgs, Place
 from lit_rlhf.algorithms.reward_scaling import RewardArgs
 from lit_rlhf.models.wrapper import ValueKind
+from lit_rlhf.rollouts.curriculum import CurriculumArgs
 from lit_rlhf.rollouts.importance import ImportanceArgs, Level
 
 
-class TemplateArgs(ModuleArgs, KLArgs, CriticArgs, ImportanceArgs, RewardArgs, total=False):
+class TemplateArgs(ModuleArgs, KLArgs, CriticArgs, ImportanceArgs, RewardArgs, CurriculumArgs, total=False):
     """The keyword arguments that `OnPolicyModule` hands on to its parts."""
 
 

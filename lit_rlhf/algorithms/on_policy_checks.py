@@ -67,6 +67,7 @@ def warn_of_idle(module: OnPolicyModule, given: Mapping[str, Any]) -> None:
     """Warn, in a sentence each, of arguments that were given and have no effect beside the others."""
     kl_args = ("kl_in", "kl_estimator", "kl_unbiased", "kl_horizon")
     value_args = ("value_coef", "value_clip", "value_lr")
+    curriculum_args = ("curriculum_level", "curriculum_decay", "curriculum_prior", "curriculum_floor")
     level = module.importance.level
     idle = [
         (kl_args, not module.kl_coef, "algo.kl_coef=0"),
@@ -74,6 +75,7 @@ def warn_of_idle(module: OnPolicyModule, given: Mapping[str, Any]) -> None:
         (("kl_horizon",), bool(module.kl_coef) and module.kl.target is None, "no algo.kl_target"),
         (value_args, module.value == "none", "algo.value=none"),
         (("importance_clip_min", "importance_clip_max", "staleness_decay"), level == "none", f"{_IMPORTANCE}=none"),
+        (curriculum_args, module.curriculum.kind == "none", "algo.curriculum=none"),
         (("bootstrap_truncated",), module.mask_truncated, "algo.mask_truncated=true"),
         (("normalize_rewards",), _scale_free(module), f"algo.advantage_estimator={module.advantage_estimator}"),
     ]

@@ -111,9 +111,11 @@ class ArithmeticData(RowsDataModule):
     """The built-in task: addition problems, generated offline; right or wrong is decided by exact match.
 
     Args:
-        difficulty: digits of the largest operand.
+        difficulty: most digits of an operand; a list of levels mixes problems whose larger operand has exactly as many
+            digits, each with its level in a column `difficulty`.
         held_out: problems kept for validation; they never occur in training, nor with the operands swapped.
-        train_size: problems to train on; by default all others (20,000 at difficulty 3 and above).
+        train_size: problems to train on; by default all others (20,000 at difficulty 3 and above). Of levels both
+            sizes are those of each level; a list gives every level its own.
         right_fraction: how often the demonstrations' tutor is right (SFT).
         fixed_pairs: reject the same wrong answers in every pass (preferences), as `algo.reference_cache` needs it.
         seed: decides the split, the demonstrations and the pairs.
@@ -122,9 +124,9 @@ class ArithmeticData(RowsDataModule):
 
     def __init__(
         self,
-        difficulty: int = 2,
-        held_out: int = 512,
-        train_size: int | None = None,
+        difficulty: int | Sequence[int] = 2,
+        held_out: int | Sequence[int] = 512,
+        train_size: int | Sequence[int] | None = None,
         right_fraction: float = 0.5,
         fixed_pairs: bool = False,
         seed: int = 0,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.rollouts.curriculum import CurriculumState
 from lit_rlhf.rollouts.replay import ReplayBuffer
 from lit_rlhf.types import Experience, Rollout, ScoredRollout
 
@@ -26,6 +27,7 @@ class LoopState:
     experience: Experience | None = None  # the rollout being trained on
     carried: ScoredRollout | None = None  # surplus groups of dynamic sampling, for the next rollout
     replay: ReplayBuffer | None = None  # past rollouts, of the algorithms that train on them again
+    curriculum: CurriculumState | None = None  # what the curriculum knows of the prompts
     numbers: dict[str, float] = field(default_factory=dict)  # baselines, adaptive coefficients: what else moves
 
     def finish_iteration(self) -> None:
@@ -39,18 +41,20 @@ class LoopState:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> LoopState:
         """The inverse of `to_plain`."""
-        state = cls(**{**plain, "experience": None, "carried": None, "replay": None})
+        state = cls(**{**plain, "experience": None, "carried": None, "replay": None, "curriculum": None})
         if plain["experience"] is not None:
             state.experience = Experience(**plain["experience"])
         if plain["carried"] is not None:
             state.carried = ScoredRollout(**plain["carried"])
         if plain["replay"] is not None:
             state.replay = ReplayBuffer.from_plain(plain["replay"])
+        if plain.get("curriculum") is not None:
+            state.curriculum = CurriculumState.from_plain(plain["curriculum"])
         return state
 
 
 def _to_plain(value: Any) -> Any:
-    if isinstance(value, ReplayBuffer):
+    if isinstance(value, (ReplayBuffer, CurriculumState)):
         return value.to_plain()
     if isinstance(value, dict):
         return dict(value)

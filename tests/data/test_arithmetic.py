@@ -1,6 +1,8 @@
 """The generated problems: nothing leaks, everything repeats, and the tutor is as sloppy as promised."""
 
+import hashlib
 import itertools
+import json
 import random
 import re
 from collections import Counter
@@ -145,3 +147,91 @@ def test_preference_pairs_prefer_the_right_answer():
     assert pairs == preference_pairs(rows, seed=0)
     assert pairs != preference_pairs(rows, seed=0, epoch=1)
     assert all(row.keys() == {"prompt", "answer"} for row in rows)
+
+
+# several levels
+
+
+def digits_of(row):
+    return max(len(str(operand)) for operand in operands(row))
+
+
+@pytest.mark.parametrize(
+    ("levels", "held_out", "train_size", "sizes"),
+    [
+        ([1], 512, None, {1: (90, 10)}),
+        ([2], 512, None, {2: (9388, 512)}),  # 9,900 problems have an operand of two digits
+        ([1, 2, 3], 100, None, {1: (90, 10), 2: (9800, 100), 3: (20000, 100)}),
+        ([3, 1], 7, 40, {3: (40, 7), 1: (40, 7)}),
+        ([1, 2, 4], [0, 65, 1], [100, 9835, 10], {1: (100, 0), 2: (9835, 65), 4: (10, 1)}),
+        ((2, 9), 64, [100, 0], {2: (100, 64), 9: (0, 64)}),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_levels_have_the_asked_sizes_and_share_no_problem(levels, held_out, train_size, sizes, seed):
+    train, test = arithmetic_splits(levels, held_out, train_size, seed)
+    for row in train + test:
+        assert row.keys() == {"prompt", "answer", "difficulty"}
+        assert row["difficulty"] == digits_of(row)
+        assert row["answer"] == str(sum(operands(row)))
+    found = [Counter(row["difficulty"] for row in rows) for rows in (train, test)]
+    assert {level: (found[0][level], found[1][level]) for level in levels} == sizes
+    train_pairs, test_pairs = [operands(r) for r in train], [operands(r) for r in test]
+    assert len(set(train_pairs)) == len(train)
+    assert len(set(test_pairs)) == len(test)
+    assert not set(train_pairs) & {p for a, b in test_pairs for p in ((a, b), (b, a))}
+    assert {(b, a) for a, b in test_pairs} == set(test_pairs)
+
+
+def test_a_level_is_every_problem_with_as_many_digits():
+    train, test = arithmetic_splits([1, 2])
+    assert sorted(map(operands, train + test)) == [(a, b) for a in range(100) for b in range(100)]
+    train, test = arithmetic_splits([3], held_out=0, train_size=99_000)
+    below = [sum(min(operands(r)) < limit for r in train) / len(train) for limit in (10, 100)]
+    # of the 999,000 problems 2 * 10 * 900 have an operand below 10 and 2 * 100 * 900 one below 100
+    assert below == pytest.approx([0.018, 0.18], rel=0.06)
+    assert sum(operands(r)[0] < operands(r)[1] for r in train) / len(train) == pytest.approx(0.5, abs=0.01)
+
+
+def test_levels_are_mixed_and_repeat_with_the_seed():
+    train, _ = arithmetic_splits([2, 3], train_size=1000)
+    assert Counter(row["difficulty"] for row in train[:400])[2] == pytest.approx(200, abs=50)
+    assert arithmetic_splits([2, 3], seed=3) == arithmetic_splits([2, 3], seed=3)
+    assert arithmetic_splits([2, 3], seed=3) != arithmetic_splits([2, 3], seed=4)
+    of_two = [[row for row in arithmetic_splits(levels)[0] if row["difficulty"] == 2] for levels in ([2, 3], [1, 2])]
+    assert {r["prompt"] for r in of_two[0]} == {r["prompt"] for r in of_two[1]}, "a level does not depend on the others"
+
+
+def test_one_number_gives_the_problems_that_the_recorded_results_were_made_with():
+    """The digest was taken before there were levels."""
+    digests = {
+        arguments: hashlib.sha256(json.dumps(arithmetic_splits(*arguments)).encode()).hexdigest()[:16]
+        for arguments in ((1, 512, None, 0), (2, 512, None, 0), (2, 511, 1000, 1), (3, 512, None, 0), (9, 64, 100, 0))
+    }
+    assert list(digests.values()) == [
+        "c79b00e8826c12bc",
+        "47233b0f876b739c",
+        "bf78a8f7496e4933",
+        "4834b3ac5e194483",
+        "f89f3a027a2817c9",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"difficulty": []}, r"difficulty must be levels that differ, such as \[1,2,3\], got \[\]"),
+        ({"difficulty": [2, 2]}, r"difficulty must be levels that differ, such as \[1,2,3\], got \[2, 2\]"),
+        ({"difficulty": [1, 10]}, "difficulty must be 1 to 9 digits, got 10"),
+        ({"difficulty": [1, "two"]}, "difficulty must be an integer, got 'two'"),
+        ({"difficulty": "2"}, "difficulty must be an integer, got '2'"),
+        ({"difficulty": True}, "difficulty must be an integer, got True"),
+        ({"difficulty": 2, "train_size": [5]}, r"train_size must be an integer, got \[5\]"),
+        ({"difficulty": [1, 2], "held_out": [5]}, r"held_out must be a number, or one for each of \[1, 2\], got \[5\]"),
+        ({"difficulty": [1, 2], "held_out": [5, -1]}, "held_out must be 0 or more, got -1"),
+        ({"difficulty": [1, 2], "train_size": 91}, "train_size must be at most 90 at difficulty 1"),
+    ],
+)
+def test_impossible_levels_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        arithmetic_splits(**arguments)
