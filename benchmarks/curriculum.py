@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,15 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--missing", action="store_true", help="run only what is not recorded yet")
     parser.add_argument("--read", action="store_true", help="print what is recorded, run nothing")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "curriculum.json")
     arguments = parser.parse_args()
     base = Path(tempfile.mkdtemp())
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-    for seed in [] if arguments.read else arguments.seeds:
-        for task, curriculum in RUNS:
+    for task in [] if arguments.read else arguments.tasks:
+        for seed, curriculum in product(arguments.seeds, [c for t, c in RUNS if t == task]):
             name = f"{task}: {curriculum}"
             if arguments.missing and str(seed) in results.get(name, {}):
                 continue

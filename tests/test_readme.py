@@ -9,6 +9,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_rlhf import DAPO, DPO, GRPO, SFT, ConservativePPO, ReMax, RewardModeling
 from lit_rlhf.data import ArithmeticData, RowsDataModule
+from lit_rlhf.data.tasks import arithmetic_splits
+from lit_rlhf.rewards import exact_match
 from lit_rlhf.types import SamplingConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -67,6 +69,8 @@ def test_the_metrics_table_is_what_runs_log():
     stale = {"importance_correction": "token", "target_kl": 1.0}
     found = logged(DAPO(**small, **stale)) | logged(GRPO(**small)) | logged(SFT(batch_size=4, **sampled))
     found |= logged(ConservativePPO(**small)) | logged(ReMax(**small))
+    curriculum = {"curriculum": "success_rate", "curriculum_level": "difficulty", "reward_funcs": [exact_match]}
+    found |= logged(GRPO(**small, **curriculum), train_rows=arithmetic_splits([2], train_size=8)[0])
     found |= logged(DPO(batch_size=4, sampling=sampling)) | logged(RewardModeling(batch_size=4, center_coef=0.01))
     rows = [{"prompt": "1+2=" + "0" * zeros} for zeros in (0, 0, 0, 0, 200)]
     found |= logged(GRPO(**small, reward_funcs=[length]), train_rows=rows, held_out_rows=rows, long_rows="drop")

@@ -163,8 +163,9 @@ class SuccessCurriculum:
         assert module.rewards is not None
         if module.rewards.accuracy(torch.zeros(0, len(module.rewards.names))) is None:
             raise InputError(
-                "algo.curriculum=success_rate needs a reward function that tells right from wrong, and none of "
-                f"{', '.join(module.rewards.names)} is marked so; mark yours with @lit_rlhf.rewards.verifier"
+                "algo.curriculum=success_rate needs a verifier, and none of the reward functions is one "
+                f"({', '.join(module.rewards.names)}); mark yours with @lit_rlhf.rewards.verifier, or add one such as "
+                "lit_rlhf.rewards.exact_match, by reward.weights with weight 0 if it is not to be trained on"
             )
         if self.column is not None and self.column not in rows[0]:
             raise InputError(

@@ -339,7 +339,10 @@ def test_a_state_of_other_rows_is_refused(levels):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"reward_funcs": [sum_of_ids]}, "needs a reward function that tells right from wrong.* sum_of_ids is"),
+        (
+            {"reward_funcs": [sum_of_ids]},
+            "needs a verifier, and none of the reward functions is one .sum_of_ids.;",
+        ),
         ({"curriculum_level": "grade"}, "algo.curriculum_level=grade: the rows have no such column; .* prompt, level"),
         ({"curriculum": "easy_first"}, "algo.curriculum must be one of none, success_rate, got 'easy_first'"),
         ({"curriculum_decay": 1.5}, "algo.curriculum_decay must be from 0 to 1, got 1.5"),
