@@ -430,6 +430,7 @@ def test_bad_keys_and_values_are_refused_with_a_sentence(override, sentence):
     [
         "algo.kl_coef=1",  # an int is a float
         "data.train_size=null",  # int | None
+        "data.difficulty=[1,2,3]",
         "trainer.max_epochs=null",  # Optional[int]
         "trainer.devices=auto",  # list[int] | str | int: not a simple type
         "algo.betas=[0.9,0.99]",

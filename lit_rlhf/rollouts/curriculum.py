@@ -31,6 +31,7 @@ from lit_rlhf.metrics import Cells
 from lit_rlhf.ranks import gather_objects
 from lit_rlhf.rollouts.loader import PromptStream
 from lit_rlhf.rollouts.random import mix_seed, uniforms
+from lit_rlhf.text import Text
 from lit_rlhf.types import Row
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class CurriculumState:
 class CurriculumStream(PromptStream):
     """The sequence of prompts whose row at a stream position is `row_of(position)`."""
 
-    def __init__(self, rows: Sequence[Row], encode: Callable[[str], list[int]], row_of: Callable[[int], int]) -> None:
+    def __init__(self, rows: Sequence[Row], encode: Callable[[Text], list[int]], row_of: Callable[[int], int]) -> None:
         super().__init__(rows, encode, seed=0)
         self.row_of = row_of
 
