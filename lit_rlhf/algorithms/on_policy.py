@@ -136,8 +136,8 @@ class OnPolicyModule(RLHFModule):
         **parts: Unpack[TemplateArgs],
     ) -> None:
         given: dict[str, Any] = dict(parts)
-        parts_given = ({k: given.pop(k) for k in part if k in given} for part in _PARTS)
-        kl, critic, importance, scaling, curriculum = parts_given
+        of_parts = ({k: given.pop(k) for k in part if k in given} for part in _PARTS)
+        kl, critic, importance, scaling, curriculum = of_parts
         kind = type(self).value if value is None else value
         check_choice("algo.value", kind, ("none", "shared", "separate"))
         super().__init__(**given, lr=lr, reference=kl_coef != 0 or self.needs_reference, value=kind)
