@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -32,7 +33,7 @@ _KINDS = {
     "judge": (str, type(None)),
     "device": (str, type(None)),
 }
-_SPLITS = ("held_out", "train", "all")
+_SPLITS = ("held_out", "train")
 
 
 def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
@@ -43,15 +44,13 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
         `value`, `low` and `high` (95 %, by prompt), `prompts` and `samples`.
     """
     cli.start(cfg)
-    import torch
-
     from lit_rlhf.evaluation import Candidate, check_same_vocabulary, evaluate_rows
     from lit_rlhf.models.wrapper import tokenizer_for
     from lit_rlhf.rewards import Judges, RewardFunctions
     from lit_rlhf.rollouts.sampler import OPPONENT
     from lit_rlhf.types import SamplingConfig
 
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(cfg.device)
     data = instantiate(cfg.data)
     rows = _rows(data, cfg.split)[: cfg.limit]
     policy = instantiate(cfg.model).to(device)
@@ -63,10 +62,10 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
     candidate = Candidate(policy, tokenizer, judges, stop=sampling.stop, seed=cfg.seed)
     reference = opponent = None
     if cfg.reference.path:
-        reference = instantiate(cfg.reference).to(device).eval()
+        reference = _second_model(cfg, "reference").to(device).eval()
         check_same_vocabulary(policy, reference)
     if cfg.against.path:
-        other = instantiate(cfg.against).to(device)
+        other = _second_model(cfg, "against").to(device)
         opponent = Candidate(other, tokenizer_for(other), judges, stop=sampling.stop, seed=cfg.seed, stage=OPPONENT)
     with Path(folder, "samples.jsonl").open("w", encoding="utf-8") as file:
         metrics = evaluate_rows(
@@ -81,7 +80,8 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
             judge=RewardFunctions(cfg.judge) if cfg.judge else None,
             record=lambda line: file.write(json.dumps(line, ensure_ascii=False) + "\n"),
         )
-    settings = {"sampling": asdict(sampling), "ks": _ks(cfg), "rewards": judges.names, "judge": cfg.judge}
+    sampled = {**asdict(sampling), "stop": list(sampling.stop)}
+    settings = {"sampling": sampled, "ks": _ks(cfg), "rewards": judges.names, "judge": cfg.judge}
     report = _described(cfg, policy, settings) | {"metrics": metrics}
     report["data"]["prompts"] = len(rows)
     Path(folder, "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -89,12 +89,9 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
 
 
 def _rows(data: Any, split: str) -> list[dict[str, Any]]:
-    parts = {"held_out": data.held_out_rows, "train": data.train_rows}
-    rows = [row for name, part in parts.items() if split in (name, "all") for row in part]
+    rows: list[dict[str, Any]] = {"held_out": data.held_out_rows, "train": data.train_rows}[split]
     if not rows:
-        raise InputError(
-            f"split={split} of the data has no rows; give split=train or split=all, or data with held-out rows"
-        )
+        raise InputError(f"split={split} of the data has no rows; give the other one of {', '.join(_SPLITS)}")
     return rows
 
 
@@ -102,6 +99,24 @@ def _ks(cfg: DictConfig) -> list[int]:
     if cfg.ks is not None:
         return sorted(set(cfg.ks))
     return sorted({*(1 << i for i in range(cfg.samples.bit_length())), cfg.samples})
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _second_model(cfg: DictConfig, name: str) -> Any:
+    try:
+        return instantiate(cfg[name])
+    except InstantiationException as error:  # it is loaded as `model` is, and says so
+        if isinstance(error.__cause__, InputError):
+            raise InputError(str(error.__cause__).replace("model.", f"{name}.")) from error
+        raise
 
 
 def _load_policy(policy: Any, ckpt_path: str) -> None:

@@ -48,11 +48,7 @@ class Completions:
         G, columns = self.group_size, self.measured
         answers = judges.answers(self.texts)
         for i, text in enumerate(self.texts):
-            verdict = {
-                "answer": None if answers[i] is None else str(answers[i]),
-                "correct": _plain(columns["accuracy"][i]),
-            }
-            yield {
+            line = {
                 "prompt_index": self.prompts.index[i // G],
                 **more,
                 "sample": i % G,
@@ -62,8 +58,11 @@ class Completions:
                 "truncated": bool(columns["truncated_fraction"][i]),
                 "reward": _plain(columns["reward"][i]),
                 "rewards": {name: _plain(columns[f"rewards/{name}"][i]) for name in judges.names},
-                **(verdict if "accuracy" in columns else {}),
             }
+            if "accuracy" in columns:
+                line["answer"] = None if answers[i] is None else str(answers[i])
+                line["correct"] = _plain(columns["accuracy"][i])
+            yield line
 
 
 class Candidate:
@@ -236,12 +235,8 @@ def evaluate_rows(
 
 
 def _add(figures: Figures, done: Completions, how: str) -> None:
-    prompts, G = len(done.prompts), done.group_size
     for name, values in done.measured.items():
-        if "_at_" in name:  # one number of all of a prompt's samples
-            figures.add(name, values * G, prompts, torch.full_like(values, G))
-        else:
-            figures.add(f"{name}_{how}", values, prompts)
+        figures.add(name if "_at_" in name else f"{name}_{how}", values, len(done.prompts))
 
 
 def _compare(

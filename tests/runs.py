@@ -59,11 +59,11 @@ def new_process(*arguments, cwd, command=("-m", "lit_rlhf.train"), **environment
     return Finished(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 
 
-def fork(*arguments, cwd):
-    """Run the command in a fork of this process, which pays for the imports once."""
+def fork(*arguments, cwd, main=main):
+    """Run an entry point in a fork of this process, which pays for the imports once."""
     _import_everything()
     out, err = Path(cwd, ".out"), Path(cwd, ".err")
-    process = multiprocessing.get_context("fork").Process(target=_forked, args=(arguments, cwd, out, err))
+    process = multiprocessing.get_context("fork").Process(target=_forked, args=(main, arguments, cwd, out, err))
     process.start()
     process.join(timeout=120)
     if process.exitcode is None:
@@ -82,7 +82,7 @@ def _import_everything():
     load_causal_lm(), load_tokenizer(), ArithmeticData()
 
 
-def _forked(arguments, cwd, out, err):
+def _forked(main, arguments, cwd, out, err):
     os.chdir(cwd)
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

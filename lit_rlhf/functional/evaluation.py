@@ -122,7 +122,7 @@ def mean_interval(totals: Sequence[float], counts: Sequence[float] | None = None
     >>> [round(x, 3) for x in mean_interval([1.0, 2.0, 3.0, 6.0])]
     [3.0, 0.883, 5.117]
     """
-    value, error, _, _ = _clustered(totals, counts)
+    value, error, _ = _clustered(totals, counts)
     reach = NormalDist().inv_cdf(0.5 + level / 2) * error
     return Interval(value, value - reach, value + reach)
 
@@ -134,8 +134,7 @@ def rate_interval(totals: Sequence[float], counts: Sequence[float] | None = None
         (R + z²/2m ± z·√(R(1−R)/m + z²/4m²)) / (1 + z²/m),    m = m_eff
 
     With one sample per prompt it is Wilson's interval of B independent trials (Wilson 1927). It stays within [0, 1] and
-    is not empty where all are right or all wrong: those count as B samples, however many were drawn of each prompt. Of
-    a single prompt they count as one.
+    is not empty where all prompts are alike, say all right: those count as B trials, however many samples each has.
 
     Args:
         totals: x, the sum over each prompt's samples, each from 0 to 1.
@@ -147,49 +146,42 @@ def rate_interval(totals: Sequence[float], counts: Sequence[float] | None = None
     >>> [round(x, 3) for x in rate_interval([4.0, 4.0, 4.0], [4, 4, 4])]
     [1.0, 0.439, 1.0]
     """
-    value, error, prompts, samples = _clustered(totals, counts)
+    value, error, prompts = _clustered(totals, counts)
     # B/(B-1) is taken away again: with one sample each what remains is R(1-R)/B, and m is B
     spread = error**2 * (prompts - 1) / max(prompts, 1)
-    most = samples if prompts > 1 else prompts
-    rate, variance, fewest, most_samples = torch.tensor([value, spread, prompts, most], dtype=torch.float64)
-    low, high = wilson(rate, variance, fewest, most_samples, level)
+    low, high = wilson(*torch.tensor([value, spread, prompts], dtype=torch.float64), level=level)
     return Interval(value, float(low), float(high))
 
 
 def wilson(
-    rate: Float[Tensor, "*K"],
-    variance: Float[Tensor, "*K"],
-    fewest: Float[Tensor, "*K"],
-    most: Float[Tensor, "*K"],
-    level: float = 0.95,
+    rate: Float[Tensor, "*K"], variance: Float[Tensor, "*K"], prompts: Float[Tensor, "*K"], *, level: float = 0.95
 ) -> tuple[Float[Tensor, "*K"], Float[Tensor, "*K"]]:
-    """Both ends of Wilson's interval of shares whose variance is known to be another than that of independent trials.
+    """Both ends of Wilson's interval of shares with another variance than independent trials have.
 
     Args:
         rate: R.
         variance: of the estimate R.
-        fewest: m where R is 0 or 1, of which no variance can be estimated.
-        most: the most that m can be, whatever the variance.
+        prompts: B, what counts as the number of trials where the variance is 0 or NaN.
         level: the interval's confidence.
     """
     z = NormalDist().inv_cdf(0.5 + level / 2)
     single = (rate * (1 - rate)).clamp(min=0)
-    m = torch.where(single > 0, torch.fmin(single / variance, most), fewest)
+    m = torch.where(variance > 1e-12 * single, single / variance, prompts)
     centre = (rate + z**2 / (2 * m)) / (1 + z**2 / m)
     reach = z * (single / m + z**2 / (4 * m**2)).sqrt() / (1 + z**2 / m)
     return torch.minimum((centre - reach).clamp(min=0), rate), torch.maximum((centre + reach).clamp(max=1), rate)
 
 
-def _clustered(totals: Sequence[float], counts: Sequence[float] | None) -> tuple[float, float, int, float]:
-    """R, its standard error by prompt (NaN of fewer than two), and the prompts and samples that count."""
+def _clustered(totals: Sequence[float], counts: Sequence[float] | None) -> tuple[float, float, int]:
+    """R, its standard error by prompt (NaN of fewer than two), and the prompts that count."""
     x = torch.as_tensor(totals, dtype=torch.float64)
     m = torch.ones_like(x) if counts is None else torch.as_tensor(counts, dtype=torch.float64)
     x, m = x[m > 0], m[m > 0]
     prompts, samples = len(x), float(m.sum())
     if not prompts:
-        return float("nan"), float("nan"), 0, 0.0
+        return float("nan"), float("nan"), 0
     value = float(x.sum()) / samples
     if prompts == 1:
-        return value, float("nan"), 1, samples
+        return value, float("nan"), 1
     residual = float((x - value * m).square().sum())
-    return value, sqrt(residual * prompts / (prompts - 1)) / samples, prompts, samples
+    return value, sqrt(residual * prompts / (prompts - 1)) / samples, prompts

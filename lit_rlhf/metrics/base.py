@@ -79,7 +79,7 @@ def half_width(moments: Moments) -> Tensor:
     """Half of the 95 % interval of rates, one of each prompt, `[K]`; see `functional.rate_interval`."""
     count, _, _ = moments.sums
     variance = std(moments).square() * (count - 1) / count**2
-    low, high = wilson(mean(moments), variance, count, torch.where(count > 1, torch.inf, 1.0))
+    low, high = wilson(mean(moments), variance, count)
     return (high - low) / 2
 
 

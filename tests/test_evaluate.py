@@ -1,0 +1,335 @@
+"""`python -m lit_rlhf.evaluate`: what it measures, what it leaves behind, and how it answers mistakes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+import lit_rlhf
+from lit_rlhf.cli import primary
+from lit_rlhf.config import conf_dir, prepare_arguments
+from lit_rlhf.errors import InputError
+from lit_rlhf.evaluate import check_evaluation, evaluate, main
+from lit_rlhf.evaluation import Candidate, Figures, evaluate_rows, kl_to, wins
+from lit_rlhf.functional import mean_interval, rate_interval
+from lit_rlhf.rewards import Judges, RewardFunctions, verifier
+from lit_rlhf.types import SamplingConfig
+from tests.helpers import NumberTokenizer, plain_logprobs, prompt_rows, sum_of_ids, tiny_model
+from tests.runs import QUIET, fork, new_process
+
+CARD = Path(lit_rlhf.__file__).parent / "assets" / "tiny_base" / "README.md"
+NAN = float("nan")
+
+
+def configured(*arguments):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("evaluate", prepare_arguments(arguments, primary("evaluate")))
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
+
+
+def values(report):
+    return {name: metric["value"] for name, metric in report["metrics"].items()}
+
+
+# the shipped model
+
+
+@pytest.mark.slow
+def test_the_shipped_model_is_what_its_card_says(tmp_path):
+    said = dict(re.findall(r"\| (greedy|sampled) \| ([\d.]+) \|", CARD.read_text()))
+    report = evaluate(configured("samples=4", "ks=[1,4]"), tmp_path)
+    found = report["metrics"]
+    assert report["data"]["prompts"] == 512
+    for decoding, accuracy in said.items():
+        metric = found[f"accuracy_{decoding}"]
+        assert metric["value"] == pytest.approx(float(accuracy), abs=0.001)
+        assert metric["low"] < float(accuracy) < metric["high"]
+    assert found["accuracy_greedy"]["samples"] == 512
+    assert found["accuracy_sampled"]["samples"] == 4 * 512
+    assert found["pass_at_1"]["value"] == pytest.approx(found["accuracy_sampled"]["value"])
+
+
+def test_what_is_left_behind(tmp_path):
+    report = evaluate(
+        configured("samples=3", "limit=5", "batch_size=2", "rollout.max_new_tokens=4", "rollout.stop=['=']"), tmp_path
+    )
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == report
+    lines = lines_of(tmp_path)
+    assert len(lines) == 5 * (1 + 3)
+    assert sorted({line["prompt_index"] for line in lines}) == [0, 1, 2, 3, 4]
+    sampled = [line for line in lines if line["decoding"] == "sampled"]
+    assert [line["sample"] for line in sampled[:4]] == [0, 1, 2, 0]
+    for line in lines:
+        a, b = map(int, line["prompt"].rstrip("=").split("+"))
+        assert line["correct"] == line["reward"] == line["rewards"]["exact_match"] == (line["answer"] == str(a + b))
+        assert line["completion"].strip() == line["answer"]
+    found = report["metrics"]
+    right = [line["correct"] for line in sampled]
+    assert found["accuracy_sampled"]["value"] == pytest.approx(sum(right) / 15)
+    any_right = [any(right[i : i + 3]) for i in range(0, 15, 3)]
+    assert found["pass_at_3"]["value"] == pytest.approx(sum(any_right) / 5)
+    assert tuple(found["pass_at_3"][end] for end in ("value", "low", "high")) == pytest.approx(
+        rate_interval([float(x) for x in any_right])
+    )
+    assert {"pass_at_1", "pass_at_2", "maj_at_2", "maj_at_3"} <= found.keys()
+    assert found["response_length_greedy"] | {"prompts": 5, "samples": 5} == found["response_length_greedy"]
+    assert report["settings"]["sampling"]["group_size"] == 3
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["model"]["parameters"] == 790_144
+
+
+def test_a_seed_decides_everything_and_the_batch_nothing(tmp_path):
+    def found(name, *arguments):
+        folder = tmp_path / name
+        folder.mkdir()
+        evaluate(configured("samples=2", "limit=6", "greedy=false", *arguments), folder)
+        return (folder / "samples.jsonl").read_text(), json.loads((folder / "evaluation.json").read_text())["metrics"]
+
+    first = found("first", "batch_size=6")
+    assert found("again", "batch_size=6") == first
+    other = found("smaller", "batch_size=4")
+    assert other[0] == first[0]
+    assert found("seed", "seed=2")[0] != first[0]
+
+
+def test_rows_to_evaluate_on(tmp_path):
+    whole = "data.held_out=3", "data.train_size=4", "samples=1", "greedy=false"
+    counts = {
+        split: evaluate(configured(*whole, f"split={split}"), tmp_path)["data"]["prompts"]
+        for split in ("held_out", "train")
+    }
+    assert counts == {"held_out": 3, "train": 4}
+    with pytest.raises(InputError, match="split=held_out of the data has no rows; give the other one"):
+        evaluate(configured("data.held_out=0"), tmp_path)
+
+
+# models
+
+
+def toy(seed=0, **arguments):
+    judges = arguments.pop("judges", Judges(RewardFunctions([sum_of_ids])))
+    return Candidate(tiny_model(seed=seed), NumberTokenizer(), judges, **arguments)
+
+
+def test_the_kl_to_a_reference():
+    candidate, reference = toy(), tiny_model(seed=1)
+    for sampling in (SamplingConfig(max_new_tokens=5, group_size=2, temperature=0.7), SamplingConfig(5, top_k=4)):
+        done = candidate.complete(prompt_rows(3), 0, sampling, ())
+        assert kl_to(candidate.policy, candidate, done.rollout, sampling).abs().max() < 1e-5
+        found = kl_to(reference, candidate, done.rollout, sampling)
+        own, other = (plain_logprobs(m, done.rollout, sampling.temperature) for m in (candidate.policy, reference))
+        delta = (other - own).clamp(-20, 20)
+        k3 = torch.where(done.rollout.response_mask, delta.exp() - 1 - delta, 0)
+        torch.testing.assert_close(found, k3.sum(1), rtol=1e-3, atol=1e-3)
+
+
+def test_figures_of_reference_and_opponent():
+    candidate, sampling = toy(), SamplingConfig(max_new_tokens=4, group_size=3)
+    seen = []
+    found = evaluate_rows(
+        candidate,
+        prompt_rows(5),
+        sampling,
+        ks=(),
+        batch_size=2,
+        reference=tiny_model(seed=1),
+        against=toy(2, stage=2),
+        record=seen.append,
+    )
+    own = [r for r in seen if r["model"] == "model" and r["decoding"] == "sampled"]
+    other = [r for r in seen if r["model"] == "against"]
+    assert (len(own), len(other)) == (15, 15)
+    by_prompt = lambda records: [[r["reward"] for r in records if r["prompt_index"] == i] for i in range(5)]  # noqa: E731
+    pairs = [
+        [(a > b) + (a == b) / 2 for a in mine for b in its]
+        for mine, its in zip(by_prompt(own), by_prompt(other), strict=True)
+    ]
+    assert found["win_rate"]["value"] == pytest.approx(sum(map(sum, pairs)) / 45)
+    difference = [sum(mine) / 3 - sum(its) / 3 for mine, its in zip(by_prompt(own), by_prompt(other), strict=True)]
+    assert tuple(found["score_difference"][end] for end in ("value", "low", "high")) == pytest.approx(
+        mean_interval(difference)
+    )
+    tokens = sum(r["tokens"] for r in own)
+    assert found["kl_per_token"]["samples"] == tokens
+    assert found["kl_per_token"]["value"] * tokens == pytest.approx(found["kl_per_sequence"]["value"] * 15)
+
+
+def test_a_judge_decides_who_wins():
+    def longest(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    def first_sample_loses(completions, **kwargs):
+        return [float(len(completions[i]) % 3) for i in range(len(completions))]
+
+    sampling = SamplingConfig(max_new_tokens=6, group_size=2)
+    seen = []
+    arguments = {"against": toy(3, stage=2), "greedy": False, "ks": (), "record": seen.append}
+    by_length = evaluate_rows(toy(), prompt_rows(4), sampling, judge=RewardFunctions([longest]), **arguments)
+    lengths = {
+        m: [[r["tokens"] for r in seen if r["model"] == m and r["prompt_index"] == i] for i in range(4)]
+        for m in ("model", "against")
+    }
+    expected, _ = wins(*(torch.tensor(lengths[m]) for m in ("model", "against")))
+    assert by_length["win_rate"]["value"] == pytest.approx(float(expected.mean()))
+    other = evaluate_rows(toy(), prompt_rows(4), sampling, judge=RewardFunctions([first_sample_loses]), **arguments)
+    assert other["win_rate"] != by_length["win_rate"]
+
+
+def test_a_model_against_itself_is_even():
+    """The opponent draws other numbers: equal models tie no more often than chance has it."""
+    sampling = SamplingConfig(max_new_tokens=6, group_size=8)
+    found = evaluate_rows(toy(), prompt_rows(30), sampling, ks=(), against=toy(stage=2), greedy=False)
+    assert found["win_rate"]["low"] < 0.5 < found["win_rate"]["high"]
+    assert found["win_rate"]["high"] - found["win_rate"]["low"] < 0.2
+    assert found["tie_rate"]["value"] < 0.4
+
+
+def test_wins_by_hand():
+    own, other = torch.tensor([[1.0, 2, NAN], [NAN, NAN, NAN]]), torch.tensor([[1.0, NAN], [1.0, 2]])
+    won, tied = wins(own, other)
+    assert won.tolist() == [pytest.approx([0.5, 1, NAN], nan_ok=True), pytest.approx([NAN] * 3, nan_ok=True)]
+    assert tied.tolist()[0] == pytest.approx([1, 0, NAN], nan_ok=True)
+
+
+def test_what_applies_to_some_rows_counts_only_there():
+    figures = Figures()
+    figures.add("accuracy_sampled", torch.tensor([1.0, NAN, NAN, NAN]), 2)
+    figures.add("accuracy_sampled", torch.tensor([0.0, 1.0]), 1)
+    figures.add("never", torch.tensor([NAN, NAN]), 2)
+    figures.add("reward", torch.tensor([3.0]), 1)
+    found = figures.metrics()
+    assert found.keys() == {"accuracy_sampled", "reward"}
+    assert found["accuracy_sampled"] | {"value": 2 / 3, "prompts": 2, "samples": 3} == found["accuracy_sampled"]
+    assert found["reward"] == {"value": 3.0, "low": None, "high": None, "prompts": 1, "samples": 1}
+
+
+@verifier
+def nobody_knows(completions, **kwargs):
+    return [None] * len(completions)
+
+
+def test_records_hold_what_json_can():
+    seen = []
+    evaluate_rows(toy(judges=Judges(None, [nobody_knows])), prompt_rows(2), SamplingConfig(3), record=seen.append)
+    assert [line["reward"] for line in seen] == [None] * 4
+    assert all(line["correct"] is None for line in seen)
+    json.dumps(seen, allow_nan=False)
+
+
+def test_a_checkpoint_of_a_run(tmp_path):
+    run = fork("debug=tiny", "algo.lr=1e-2", "model=tiny", f"hydra.run.dir={tmp_path / 'run'}", *QUIET, cwd=tmp_path)
+    assert run.code == 0, run.err
+    small = "limit=8", "samples=2"
+    found = {
+        name: values(evaluate(configured(*small, *arguments), tmp_path))
+        for name, arguments in {
+            "base": [],
+            "checkpoint": [f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt"],
+            "export": [f"model.path={tmp_path}/run/model"],
+        }.items()
+    }
+    assert found["checkpoint"] == found["export"]
+    assert found["checkpoint"] != found["base"]
+    with pytest.raises(InputError, match=r"ckpt_path: the policy in .*last.ckpt is no model like model.path"):
+        evaluate(
+            configured(
+                *small,
+                "model=tiny_scratch",
+                "model.layers=2",
+                "tokenizer=tiny",
+                f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt",
+            ),
+            tmp_path,
+        )
+
+
+# the command line
+
+
+def test_the_command_prints_a_table_and_the_folder(tmp_path):
+    ended = new_process("limit=4", "samples=2", "hydra.run.dir=out", cwd=tmp_path, command=("-m", "lit_rlhf.evaluate"))
+    assert ended.code == 0, ended.err
+    first, *table, folder = ended.out.splitlines()
+    assert first == "4 prompts (held_out of ArithmeticData), 2 completions each"
+    assert Path(folder) == tmp_path / "out"
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    names = [line.split()[0] for line in table[1:]]
+    assert names == list(report["metrics"])
+    accuracy = report["metrics"]["accuracy_greedy"]
+    line = next(line for line in table if line.startswith("accuracy_greedy"))
+    assert line.split()[1:] == [f"{accuracy['value']:.3f}", f"{accuracy['low']:.3f}", "to", f"{accuracy['high']:.3f}"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("sampels=2", "unknown key 'sampels'; did you mean 'samples'?"),
+        ("algo=grpo", "unknown key 'algo'; known: against, batch_size, "),
+        ("trainer.devices=2", "unknown key 'trainer.devices'; "),
+        ("data=arithmetik", "unknown choice data=arithmetik; did you mean 'arithmetic'?"),
+        ("data.limit=3", "unknown key 'data.limit'; known: "),
+        ("rollout.temprature=1", "unknown key 'rollout.temprature'; did you mean 'temperature'?"),
+        ("rollout.group_size=3", "'rollout.group_size' would have no effect; write samples=..."),
+        ("reference=tiny", "reference must be given as reference.path=..., got 'tiny'"),
+        ("against.pth=tiny", "unknown key 'against.pth'; did you mean 'path'?"),
+        ("judge=my.function", "judge decides who wins, and there is nobody to win against; give against.path=..."),
+        ("samples=0", "samples must be at least 1, got 0"),
+        ("samples=1.5", "'samples' must be int, got 1.5"),
+        ("batch_size=0", "batch_size must be at least 1, got 0"),
+        ("limit=0", "limit must be at least 1, got 0"),
+        ("ks=[1,16]", "ks must be from 1 to samples=8, got 16"),
+        ("ks=[0]", "ks must be from 1 to samples=8, got 0"),
+        ("ks=[1.5]", "ks must be from 1 to samples=8, got 1.5"),
+        ("ks=3", "'ks' must be list or null, got 3"),
+        ("split=test", "split must be one of held_out, train, got 'test'"),
+        ("greedy=1", "'greedy' must be bool, got 1"),
+        ("seed=-1", "seed must be from 0 to 4294967295, got -1"),
+    ],
+)
+def test_a_mistake_is_answered_before_anything_heavy_is_imported(argument, sentence):
+    from omegaconf import OmegaConf
+
+    with pytest.raises(InputError) as caught:
+        check_evaluation(OmegaConf.to_container(configured(argument)))
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_mistake_costs_no_import_of_torch(tmp_path):
+    driver = """
+import sys
+from lit_rlhf.evaluate import main
+try:
+    main()
+except SystemExit as stop:
+    print(stop.code, [name for name in ("torch", "lightning", "transformers") if name in sys.modules])
+"""
+    ended = new_process("ks=[9]", cwd=tmp_path, command=("-c", driver))
+    assert ended.out == "2 []\n"
+    assert ended.err == "error: ks must be from 1 to samples=8, got 9\n"
+    helped = new_process("--help", cwd=tmp_path, command=("-m", "lit_rlhf.evaluate"))
+    assert helped.code == 0
+    assert "samples: 8" in helped.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["model.path=./nowhere"], "model.path: there is no folder ./nowhere"),
+        (["reference.path=./nowhere"], "reference.path: there is no folder ./nowhere"),
+        (["ckpt_path=nowhere.ckpt"], "ckpt_path: there is no file nowhere.ckpt"),
+        (["reward.funcs=[nowhere.function]"], "reward function 'nowhere.function': there is no module"),
+        (["device=gpu9"], "device=gpu9 cannot be used here: "),
+        (["plugins=[nowhere]"], "plugins: there is no module 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, arguments, sentence):
+    ended = fork(*arguments, "limit=2", cwd=tmp_path, main=main)
+    assert ended.sentence().startswith(sentence)
