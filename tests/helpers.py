@@ -168,6 +168,8 @@ def pretend_trainer(module, accumulate=1, world_size=1, rank=0):
         world_size=world_size,
         global_rank=rank,
         accumulate_grad_batches=accumulate,
+        global_step=0,
+        train_dataloader=None,
         max_steps=-1,
         max_epochs=None,
         limit_train_batches=1.0,
