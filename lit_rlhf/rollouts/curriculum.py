@@ -122,8 +122,8 @@ class SuccessCurriculum:
         curriculum_level: column of the rows' level of difficulty; None: all are of one.
         curriculum_decay: factor of earlier completions of a row or level, when a rollout samples it again.
         curriculum_prior: completions of a row that the rate of its level weighs as much as.
-        curriculum_floor: chance of being drawn of a row that is never or always right, next to one that is right half
-            of the time.
+        curriculum_floor: what is added to every row's weight, which is 1 where the model is right half of the time and
+            0 where it never or always is.
     """
 
     def __init__(
@@ -238,7 +238,8 @@ class SuccessCurriculum:
         """Count what was noted on all ranks in this rollout, which ends its draws; returns what is logged of it."""
         if not len(self._level_of):
             return {}
-        noted = torch.cat([torch.zeros(3, 0, dtype=torch.float64), *_flat(gather_objects(self._noted))], 1)
+        found = [noted for of_rank in gather_objects(self._noted) for noted in of_rank]
+        noted = torch.cat([torch.zeros(3, 0, dtype=torch.float64), *found], 1)
         self._noted, state = [], self._state(loop)
         drawn = (state.first <= noted[0]) & (noted[0] < loop.prompts_seen)  # a user may collect prompts of their own
         noted = noted[:, drawn][:, noted[0, drawn].argsort()]
@@ -269,7 +270,3 @@ class SuccessCurriculum:
             for name, share, rate in zip(self._levels, shares.tolist(), self.level_rates(state).tolist(), strict=True):
                 found |= {f"drawn_fraction_{name}": share, f"success_rate_{name}": rate}
         return {f"curriculum/{name}": (value, None) for name, value in found.items()}
-
-
-def _flat(of_ranks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [noted for own in of_ranks for noted in own]

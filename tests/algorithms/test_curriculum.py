@@ -5,6 +5,7 @@ import torch
 
 from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.grpo import GRPO
+from lit_rlhf.algorithms.importance_sampling import ImportanceSampling
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.reinforce import REINFORCE
 from lit_rlhf.algorithms.remax import ReMax
@@ -35,6 +36,7 @@ SETTINGS = {
     "DAPO": (DAPO, {"group_size": 2, "max_rounds": 3}),
     "REINFORCE of one sample": (REINFORCE, {"group_size": 1}),
     "ReMax": (ReMax, {"group_size": 1}),
+    "ImportanceSampling": (ImportanceSampling, {"group_size": 2, "buffer_size": 2}),
     "PPO": (PPO, {"group_size": 1, "value": "shared"}),
 }
 WHERE = {"within a rollout": 6, "within a step": 7, "between two": 8}  # of four micro-batches each
