@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lit_rlhf.data.sources import read_rows
@@ -9,15 +10,27 @@ from lit_rlhf.text import encode_completion, encode_prompt
 
 if TYPE_CHECKING:
     from lit_rlhf.data.modules import ArithmeticData, FileData, RowsDataModule
+    from lit_rlhf.data.reasoning import ReasoningGymData
 
-_MODULES = ("ArithmeticData", "FileData", "RowsDataModule")
+_HOMES = {
+    "ArithmeticData": "modules",
+    "FileData": "modules",
+    "RowsDataModule": "modules",
+    "ReasoningGymData": "reasoning",
+}
 
-__all__ = ["ArithmeticData", "FileData", "RowsDataModule", "encode_completion", "encode_prompt", "read_rows"]
+__all__ = [
+    "ArithmeticData",
+    "FileData",
+    "ReasoningGymData",
+    "RowsDataModule",
+    "encode_completion",
+    "encode_prompt",
+    "read_rows",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:  # they need Lightning; reading rows does not
-        from lit_rlhf.data import modules
-
-        return getattr(modules, name)
+    if name in _HOMES:  # they need Lightning; reading rows does not
+        return getattr(import_module(f"lit_rlhf.data.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'lit_rlhf.data' has no attribute {name!r}")

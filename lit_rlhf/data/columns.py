@@ -54,6 +54,27 @@ def conventional(value: Any, where: str, columns: Mapping[str, str] | None = Non
     return row
 
 
+def presented(row: Row, prompt_template: str | None = None, system_prompt: str | None = None) -> Row:
+    """The row with its prompt inside `prompt_template`, and as chat messages behind `system_prompt`."""
+    prompt = row["prompt"]
+    if prompt_template is not None:
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        text = prompt_template.replace("{prompt}", text)
+        prompt = text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
+    row = {**row, "prompt": prompt} if prompt is not row["prompt"] else row
+    if system_prompt is None:
+        return row
+    texts = {name: row[name] for name in ("prompt", *COMPLETIONS) if row.get(name) is not None}
+    chat = {name: _messages("user" if name == "prompt" else "assistant", text) for name, text in texts.items()}
+    if system_prompt and chat["prompt"][0]["role"] != "system":  # a row's own goes before ours
+        chat["prompt"] = [*_messages("system", system_prompt), *chat["prompt"]]
+    return {**row, **chat}
+
+
+def _messages(role: str, text: Any) -> list[dict[str, Any]]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
 def of_one_kind(rows: Sequence[Row], *more: Sequence[Row]) -> list[list[Row]]:
     """The lists of rows with the same columns everywhere, None where a row had none.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from lit_rlhf.data.columns import check_completions, conventional, of_one_kind
+from lit_rlhf.data.columns import check_completions, conventional, of_one_kind, presented
 from lit_rlhf.data.lengths import LONG_ROWS, LongRows, Room, room_of_prompts, room_of_rows, rows_too_long
 from lit_rlhf.data.sources import read_rows, read_splits
 from lit_rlhf.data.tasks import arithmetic_splits, demonstrations, preference_pairs
@@ -18,7 +18,7 @@ from lit_rlhf.types import Row
 
 
 class RowsDataModule(LightningDataModule):
-    """Rows to train on and held-out rows to validate on.
+    r"""Rows to train on and held-out rows to validate on.
 
     The module in training turns the rows into what it iterates over: rollouts of their prompts, or batches of their
     completions or of pairs of them.
@@ -32,6 +32,10 @@ class RowsDataModule(LightningDataModule):
             `"truncate"` them: prompts lose their beginning but BOS, completions their end with EOS. Their number is
             told and logged. Reward functions see whole prompts.
         token_cache: a folder in which the token ids are kept, and found by the next run with these rows and tokenizer.
+        prompt_template: what every prompt is put into, at `{prompt}`, as `"Question: {prompt}\nAnswer:"`; of chat
+            messages the last.
+        system_prompt: makes chat messages of plain rows, and begins those with this message that have none of their
+            own; `""` makes messages without one.
     """
 
     def __init__(
@@ -42,12 +46,18 @@ class RowsDataModule(LightningDataModule):
         validation_batch_size: int = 256,
         long_rows: LongRows = "stop",
         token_cache: str | Path | None = None,
+        prompt_template: str | None = None,
+        system_prompt: str | None = None,
     ) -> None:
         super().__init__()
         check_choice("data.long_rows", long_rows, LONG_ROWS)
-        train = [conventional(row, f"training row {n}") for n, row in enumerate(train_rows, 1)]
-        held_out = [conventional(row, f"held-out row {n}") for n, row in enumerate(held_out_rows, 1)]
-        self.train_rows, self.held_out_rows = of_one_kind(train, held_out)
+        if prompt_template is not None and "{prompt}" not in prompt_template:
+            raise InputError(f"data.prompt_template={prompt_template!r} has no {{prompt}}, where the prompt is put")
+        parts = [
+            [presented(conventional(row, f"{which} row {n}"), prompt_template, system_prompt) for n, row in numbered]
+            for which, numbered in (("training", enumerate(train_rows, 1)), ("held-out", enumerate(held_out_rows, 1)))
+        ]
+        self.train_rows, self.held_out_rows = of_one_kind(*parts)
         self.reward_funcs, self.validation_batch_size = list(reward_funcs), validation_batch_size
         self.long_rows, self.token_cache = long_rows, token_cache
         self._told: set[str] = set()
@@ -167,6 +177,8 @@ class FileData(RowsDataModule):
         validation_batch_size: prompts per validation batch.
         long_rows: see `RowsDataModule`.
         token_cache: see `RowsDataModule`.
+        prompt_template: see `RowsDataModule`.
+        system_prompt: see `RowsDataModule`.
     """
 
     def __init__(
@@ -181,6 +193,8 @@ class FileData(RowsDataModule):
         validation_batch_size: int = 64,
         long_rows: LongRows = "stop",
         token_cache: str | Path | None = None,
+        prompt_template: str | None = None,
+        system_prompt: str | None = None,
     ) -> None:
         check_number("data.held_out", held_out or 0, at_least=0)
         if validation_path is None:
@@ -196,7 +210,9 @@ class FileData(RowsDataModule):
                 raise InputError(f"data.held_out={count} leaves nothing to train on: {path} has {len(train)} rows")
             train, test = train[: len(train) - count], train[len(train) - count :]
         verifiers = _verifier_of([*train, *test])
-        super().__init__(train, test, verifiers, validation_batch_size, long_rows, token_cache)
+        super().__init__(
+            train, test, verifiers, validation_batch_size, long_rows, token_cache, prompt_template, system_prompt
+        )
 
 
 def _verifier_of(rows: Sequence[Row]) -> list[Any]:

@@ -197,11 +197,16 @@ class RewardFunctions:
         return self
 
     def accuracy(self, parts: Tensor) -> Tensor | None:
-        """Return the first verifier's column `[N]` of `parts` `[N, F]`, or `None` if no function is one."""
+        """`[N]`, 1 where the first verifier's column of `parts` `[N, F]` is 1, else 0; `None` if no function is one."""
         for column, fn in enumerate(self.funcs):
             if getattr(unwrapped(fn), "verifies", False):
-                return parts[:, column]
+                return solved(parts[:, column])
         return None
+
+
+def solved(score: Tensor) -> Tensor:
+    """1 for a score of 1 and 0 for less, such as part of the points for an answer that is nearly right; NaN stays."""
+    return torch.where(score.isnan(), score, (score >= 1).to(score.dtype))
 
 
 def reward_functions(

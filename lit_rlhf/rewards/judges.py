@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rlhf.rewards.functions import RewardFunctions
+from lit_rlhf.rewards.functions import RewardFunctions, solved
 from lit_rlhf.rewards.resolving import RewardFunction, unique, unwrapped
 from lit_rlhf.types import Row
 
@@ -75,8 +75,8 @@ class Judges:
         return next(((column, fn) for column, fn in enumerate(every) if getattr(fn, "verifies", False)), None)
 
     def accuracy(self, parts: Tensor) -> Tensor | None:
-        """The first verifier's column `[N]` of `parts` `[N, F]`; None if no function is one."""
-        return None if self.verifier is None else parts[:, self.verifier[0]]
+        """`[N]`, 1 where the first verifier's column of `parts` `[N, F]` is 1, else 0; None if no function is one."""
+        return None if self.verifier is None else solved(parts[:, self.verifier[0]])
 
     def answers(self, completions: Sequence[str]) -> list[Hashable | None]:
         """What each completion answers, for a majority vote; None where it gives no answer.
