@@ -1,6 +1,7 @@
 """Tasks of reasoning_gym: the library's own problems and scores, splits that do not meet, and what is refused."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -124,3 +125,9 @@ def test_from_the_command_line(tmp_path):
     rows = metrics_of(tmp_path / "run")
     assert any("reward/accuracy" in row for row in rows)
     assert any("val/rewards/chain_sum_greedy" in row for row in rows)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(InputError, match=r"data=reasoning_gym needs .*: pip install 'lit_rlhf\[reasoning_gym\]'"):
+        ReasoningGymData("chain_sum")

@@ -2,16 +2,24 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
+from huggingface_hub import constants
 
-from lit_rlhf.data import read_rows
+from lit_rlhf.data import FileData, read_rows
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards import numeric_answer
 
 GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
 ROW = '{"prompt": "1+1=", "answer": "2"}\n'
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".cache")
 
 
 @pytest.fixture
@@ -146,3 +154,115 @@ def test_gsm8k_itself():
     same = [float(float(a) == float(b)) for a, b in zip(answers, shifted, strict=True)]
     assert 0 < sum(same) < 0.1 * len(same)
     assert numeric_answer(solutions, shifted) == same
+
+
+TRAIN = [{"prompt": f"{i}+1=", "answer": str(i + 1), "tags": ["a", str(i)]} for i in range(20)]
+TEST = [{"prompt": f"{i}+2=", "answer": str(i + 2), "tags": []} for i in range(3)]
+
+
+def write_lines(file, rows):
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """The same two splits in every form that `datasets` reads without the Hub."""
+    plain, saved = tmp_path / "plain", tmp_path / "saved"
+    plain.mkdir()
+    write_lines(plain / "train.jsonl", TRAIN)
+    write_lines(plain / "test.jsonl", TEST)
+    parts = {"train": Dataset.from_list(TRAIN), "test": Dataset.from_list(TEST)}
+    DatasetDict(parts).save_to_disk(saved)
+    parts["train"].save_to_disk(tmp_path / "single")
+    parts["train"].to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "parquet").mkdir()
+    for name, part in parts.items():
+        part.to_parquet(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["plain", "saved", "parquet"])
+def test_a_folder_is_read_with_its_own_validation_split(sources, name):
+    assert read_rows(sources / name) == TRAIN
+    assert read_rows(sources / name, split="test") == TEST
+    data = FileData(sources / name)
+    assert (data.train_rows, data.held_out_rows) == (TRAIN, TEST)
+    assert type(data.train_rows[0]["tags"]) is list
+    assert data.reward_funcs == [numeric_answer]
+    assert FileData(sources / name, held_out=2).held_out_rows == TEST[:2]
+    assert FileData(sources / name, split="test", validation_split="train").held_out_rows == TRAIN
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "single"])
+def test_what_has_one_split_is_held_out_from(sources, name):
+    data = FileData(sources / name, held_out=4)
+    assert data.train_rows + data.held_out_rows == TRAIN
+    assert data.held_out_rows == TRAIN[-4:]
+
+
+def test_splits_and_configurations_that_are_not_there_are_named(sources):
+    for arguments, sentence in (
+        ({"split": "dev"}, "data.split: .*plain has no split 'dev'; it has 'train', 'test'"),
+        ({"validation_split": "dev"}, "data.validation_split: .*plain has no split 'dev'; it has 'train', 'test'"),
+        ({"name": "main"}, "data.path: cannot read .*main"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            FileData(sources / "plain", **arguments)
+    with pytest.raises(
+        InputError, match=r"data.name=main chooses among the configurations of a dataset, and .* is a file"
+    ):
+        FileData(sources / "rows.parquet", name="main")
+
+
+def test_the_place_of_a_row_of_a_folder_is_named(sources):
+    write_lines(sources / "plain" / "test.jsonl", [*TEST, {**TEST[0], "prompt": ""}])
+    with pytest.raises(InputError, match=r"plain, split test, row 4: 'prompt' is empty"):
+        FileData(sources / "plain")
+
+
+def test_what_datasets_cannot_read_is_one_sentence(write, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", write(b"PAR1", "data.parquet")):
+        message = refusal(path)
+        assert "data.path: cannot read" in message
+        assert (
+            "expected a .jsonl, .json or .parquet file, a folder of them, or a dataset of the Hub (org/name)" in message
+        )
+
+
+def test_paths_that_are_no_source_are_refused(write, tmp_path):
+    assert "data.csv cannot be read; expected a .jsonl, .json or" in refusal(write(ROW, "data.csv"))
+    assert "nowhere does not exist; expected a .jsonl" in refusal(tmp_path / "nowhere")
+    assert "a/b/c does not exist; expected a .jsonl" in refusal("a/b/c")
+
+
+def test_a_hub_name_without_a_network_is_one_sentence(monkeypatch):
+    """One question to the Hub decides; `datasets` itself would ask for half a minute."""
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(timeout)
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    message = refusal("nobody/nothing-at-all")
+    assert "data.path: cannot read 'nobody/nothing-at-all' (ConnectionError: Couldn't reach" in message
+    assert asked == [10]
+    assert not constants.HF_HUB_OFFLINE, "only for this dataset"
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch, write, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert refusal(tmp_path).endswith("needs the package datasets: pip install 'lit_rlhf[data]'")
+    assert read_rows(write(ROW)), "a JSON file needs none"
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="the GSM8K files are not beside the repository")
+def test_the_folder_of_gsm8k_is_read_as_it_comes():
+    data = FileData(GSM8K)
+    assert (len(data.train_rows), len(data.held_out_rows)) == (7473, 1319)
+    assert data.reward_funcs == [numeric_answer]
+    assert data.train_rows == read_rows(GSM8K / "train.jsonl")
