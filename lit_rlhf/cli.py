@@ -36,7 +36,7 @@ def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[D
     sys.path.insert(0, str(Path.cwd()))
     try:
         sys.argv[1:] = prepare_arguments(sys.argv[1:], primary(name))
-        _check_grammar(sys.argv[1:])
+        check_grammar(sys.argv[1:])
     except InputError as error:
         _fail(str(error))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -90,7 +90,7 @@ def build_tokenizer(node: DictConfig | str | None) -> Any:
     return node if isinstance(node, str) else instantiate(node)
 
 
-def _check_grammar(arguments: Sequence[str]) -> None:
+def check_grammar(arguments: Sequence[str]) -> None:
     """Refuse, in a sentence, what Hydra would refuse in several lines of its own."""
     parser = OverridesParser.create()
     for argument in (a for a in arguments if "=" in a and not a.startswith("-")):

@@ -85,7 +85,7 @@ def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> l
         if key in groups:
             _check_choices(key, value.split(","), groups[key], sweep)
         if key.lstrip("+") in _PATHS and not sweep:
-            argument = f"{key}={_quoted(value)}"
+            argument = f"{key}={quoted(value)}"
         prepared.append(f"++{argument}" if "." in key and key[0] != "+" else argument)
     return implied + prepared
 
@@ -122,10 +122,10 @@ def _implied(given: Mapping[str, str], groups: Iterable[str]) -> list[str]:
     return [*implied, "++trainer.max_epochs=-1"] if "trainer.max_epochs" not in given else implied
 
 
-def _quoted(path: str) -> str:
+def quoted(path: str) -> str:
     """`path` for Hydra's grammar, in which brackets, commas and the like have a meaning outside of quotes."""
-    quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
-    if quoted or "${" in path or path.startswith("{") or re.fullmatch(r"([A-Za-z_./][\w./-]*)?", path, re.ASCII):
+    done = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
+    if done or "${" in path or path.startswith("{") or re.fullmatch(r"([A-Za-z_./][\w./-]*)?", path, re.ASCII):
         return path
     doubled = re.sub(r"\\+(?='|$)", lambda slashes: 2 * slashes[0], path)
     return "'" + doubled.replace("'", "\\'") + "'"

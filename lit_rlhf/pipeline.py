@@ -1,0 +1,112 @@
+"""From raw data to a policy in three stages: `python -m lit_rlhf.pipeline`.
+
+    sft             demonstrations -> a policy                      (Stiennon et al. 2009.01325, Ouyang et al. 2203.02155)
+    reward_model    pairs          -> a judge, made from that policy
+    policy          prompts        -> the policy that the judge prefers, with a KL to the first one
+
+Each stage is an ordinary run of `python -m lit_rlhf.train`, in a process and a folder of its own. Given the folder of
+an earlier pipeline, the stages that are finished there are not run again, and one that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+
+from lit_rlhf import cli
+from lit_rlhf.config import nearest, prepare_arguments, quoted
+from lit_rlhf.errors import InputError
+from lit_rlhf.stage_results import draw, results_of, table
+from lit_rlhf.stages import STAGES, Stage, plan, split_arguments
+from lit_rlhf.train import check_run as check_training
+
+
+def run_stages(stages: Sequence[Stage]) -> dict[str, Any]:
+    """Run what is not finished yet, one stage after the other.
+
+    Returns:
+        Of each stage what `results_of` says.
+
+    Raises:
+        InputError: a stage failed, or was made from a former one.
+    """
+    for number, stage in enumerate(stages, 1):
+        title = f"stage {number} of {len(stages)}, {stage.name}"
+        if stage.finished:
+            print(f"{title}: finished before, in {stage.folder}", flush=True)
+            continue
+        for later in stages[number:]:
+            if later.folder.exists():
+                raise InputError(f"{later.folder} was made from a former stage {stage.name}; remove it to go on")
+        print(f"{title}: {shlex.join(_command(stage))}", flush=True)
+        _run(stage)
+    return results_of(stages)
+
+
+def _command(stage: Stage) -> list[str]:
+    resumed = [f"ckpt_path={stage.checkpoint}"] if stage.checkpoint.exists() else []
+    return ["python", "-m", "lit_rlhf.train", *stage.arguments, f"hydra.run.dir={quoted(str(stage.folder))}", *resumed]
+
+
+def _run(stage: Stage) -> None:
+    """One stage in a process of its own: it may start others, one per device, and leaves no memory behind."""
+    own = {"WANDB_RUN_GROUP": stage.folder.parent.name, "WANDB_NAME": stage.name}
+    go_on = f"the same command with hydra.run.dir={stage.folder.parent} goes on from there"
+    started = time.monotonic()
+    try:
+        code = subprocess.run([sys.executable, *_command(stage)[1:]], env={**own, **os.environ}).returncode
+    except KeyboardInterrupt:
+        raise InputError(f"stopped in the stage {stage.name}; {go_on}") from None
+    if code:
+        raise InputError(f"the stage {stage.name} failed with exit code {code}; {go_on}")
+    stage.finish(time.monotonic() - started)
+
+
+def check_choices(config: Mapping[str, Any]) -> None:
+    """Refuse a key under `pipeline` that is no stage."""
+    for key in config["pipeline"]:
+        if key not in STAGES:
+            raise InputError(f"unknown key 'pipeline.{key}'{nearest(str(key), STAGES)}")
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Check the command lines of all stages before the first is run, as `train` would."""
+    for stage in stages:
+        overrides = prepare_arguments(stage.arguments, cli.primary("train"))
+        cli.check_grammar(overrides)
+        plain: Any = OmegaConf.to_container(compose("train", overrides), resolve=False)
+        check_training(plain)
+
+
+def _pipeline(cfg: DictConfig, shared: Sequence[str], of_stage: Mapping[str, Sequence[str]]) -> None:
+    folder = Path(cli.run_folder())
+    stages = plan(cfg.pipeline, shared, of_stage, folder)
+    check_stages(stages)
+    results = run_stages(stages)
+    (folder / "pipeline.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+    try:
+        draw(stages, folder / "pipeline.png")
+    except ImportError:
+        print("no figure: it needs the package matplotlib: pip install 'lit_rlhf[plots]'")
+    print(folder)
+
+
+def main() -> None:
+    """Entry point of `python -m lit_rlhf.pipeline`."""
+    sys.argv[1:], shared, of_stage = split_arguments(sys.argv[1:])
+    cli.main("pipeline", check_choices, lambda cfg: _pipeline(cfg, shared, of_stage))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What the stages of a pipeline brought on held-out data: read from their metrics, as a table and as a figure."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lit_rlhf.stages import Stage
+
+Curve: TypeAlias = list[tuple[int, float]]  # optimiser step, value
+
+_REWARD = "val/reward_sampled"
+MEASURES = {
+    "val/accuracy_sampled": "sampled accuracy",
+    "val/accuracy_greedy": "greedy accuracy",
+    "val/preference_accuracy": "preference accuracy",
+    _REWARD: "mean reward",
+}
+_COLORS = ("#4477AA", "#66CCEE", "#228833")
+_REWARD_COLOR = "#CC6677"
+
+
+def curves_of(stage: Stage) -> dict[str, Curve]:
+    """The curves of `MEASURES` of a run, by name; of one that was continued, those of its former files too."""
+    found: dict[str, dict[int, float]] = {}
+    for file in sorted(stage.folder.glob("metrics*.csv"), key=_number):
+        with file.open() as lines:
+            for row in csv.DictReader(lines):
+                for name in MEASURES:
+                    if row.get(name):
+                        found.setdefault(name, {})[int(row["step"])] = float(row[name])
+    if found.get(_REWARD) == found.get("val/accuracy_sampled"):  # the verifier's own
+        found.pop(_REWARD, None)
+    return {name: sorted(found[name].items()) for name in MEASURES if name in found}
+
+
+def _number(file: Path) -> float:
+    """The place of a metrics file in the run: `metrics.1.csv` is the oldest, `metrics.csv` the newest."""
+    _, _, number = file.stem.partition(".")
+    return float(number or "inf")
+
+
+def results_of(stages: Sequence[Stage]) -> dict[str, Any]:
+    """Each stage's algorithm, command, seconds, model, and first and last value of every measure."""
+    results: dict[str, Any] = {}
+    for stage in stages:
+        record = json.loads((stage.folder / "stage.json").read_text())
+        measured = {name: {"before": c[0][1], "after": c[-1][1]} for name, c in curves_of(stage).items()}
+        results[stage.name] = {**record, "model": str(stage.model), "held_out": measured}
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as lines of text, a line for each measure of each stage."""
+    lines = [("stage", "algorithm", "seconds", "on held-out data", "before", "after")]
+    for name, result in results.items():
+        head = (name, str(result["algorithm"]), f"{result['seconds']:.0f}")
+        measured = [
+            (MEASURES[measure], f"{values['before']:.3f}", f"{values['after']:.3f}")
+            for measure, values in result["held_out"].items()
+        ]
+        for own in measured or [("-", "-", "-")]:
+            lines.append((*head, *own))
+            head = ("", "", "")
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    numeric = (2, 4, 5)
+    return "\n".join(
+        "  ".join(f"{cell:>{w}}" if i in numeric else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
+        for line in lines
+    )
+
+
+def draw(stages: Sequence[Stage], target: Path) -> None:
+    """A panel per stage: held-out accuracies over the optimiser steps, and on the right axis the mean reward."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(stages), figsize=(3.6 * len(stages), 3.2), dpi=150, squeeze=False)
+    for number, (axis, stage) in enumerate(zip(axes.flat, stages, strict=True), 1):
+        curves = curves_of(stage)
+        reward = curves.pop(_REWARD, None)
+        lines = []
+        for (name, curve), color in zip(curves.items(), _COLORS, strict=False):
+            lines += axis.plot(*zip(*curve, strict=True), color=color, marker="o", ms=3, label=MEASURES[name])
+        if reward is not None:
+            right = axis.twinx()
+            label = f"{MEASURES[_REWARD]} (right axis)"
+            lines += right.plot(*zip(*reward, strict=True), color=_REWARD_COLOR, ls="--", marker="o", ms=3, label=label)
+            right.spines["top"].set_visible(False)
+            right.tick_params(axis="y", colors=_REWARD_COLOR)
+        axis.set(title=f"{number}. {stage.name}: {stage.algorithm}", xlabel="optimiser steps", ylim=(-0.02, 1.02))
+        axis.spines["top"].set_visible(False)
+        axis.grid(alpha=0.25)
+        if lines:
+            axis.legend(handles=lines, fontsize=7, frameon=False)
+    axes.flat[0].set_ylabel("on held-out data")
+    figure.tight_layout()
+    figure.savefig(target)
+    plt.close(figure)

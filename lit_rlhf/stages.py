@@ -1,0 +1,185 @@
+"""The stages of a pipeline: which runs of `python -m lit_rlhf.train` there are, and what each takes from the others."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_rlhf.config import conf_dir, quoted
+from lit_rlhf.errors import InputError
+from lit_rlhf.signatures import nearest, signature_of
+
+SFT, REWARD_MODEL, POLICY = STAGES = ("sft", "reward_model", "policy")
+_MODEL_KEYS = ("model", "model.path", "tokenizer")  # of the first stage; the others start from what it made
+_BUILT_IN = "arithmetic"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of `python -m lit_rlhf.train`.
+
+    Args:
+        name: one of `STAGES`.
+        algorithm: the choice of `algo=`.
+        arguments: the whole command line, but for the run's folder.
+        folder: of the run.
+    """
+
+    name: str
+    algorithm: str
+    arguments: tuple[str, ...]
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """What the run leaves for the next one."""
+        return self.folder / "model"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where a run that was stopped goes on."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has been run to its end.
+
+        Raises:
+            InputError: it has, with other arguments.
+        """
+        record = self.folder / "stage.json"
+        if not record.exists():
+            return False
+        arguments = json.loads(record.read_text())["arguments"]
+        if arguments != list(self.arguments):
+            changed = " ".join(sorted({*arguments} ^ {*self.arguments}))
+            raise InputError(
+                f"the stage {self.name} in {self.folder} was made with other arguments (they differ in {changed}): "
+                f"give another hydra.run.dir, or remove that folder to make it and all after it anew"
+            )
+        return True
+
+    def finish(self, seconds: float) -> None:
+        """Record that it has been run to its end, in one step."""
+        record = {"algorithm": self.algorithm, "arguments": list(self.arguments), "seconds": round(seconds, 1)}
+        partial = self.folder / ".stage.json"
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(partial, self.folder / "stage.json")
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    """A pipeline's command line: its own arguments, those of all stages, and those of each, without the stage's name.
+
+    >>> split_arguments(["pipeline.policy=dpo", "seed=2", "policy.algo.beta=0.3"])
+    (['pipeline.policy=dpo'], ['seed=2'], {'sft': [], 'reward_model': [], 'policy': ['algo.beta=0.3']})
+    """
+    own: list[str] = []
+    shared: list[str] = []
+    of_stage: dict[str, list[str]] = {name: [] for name in STAGES}
+    for argument in arguments:
+        head, dot, rest = argument.partition(".")
+        if dot and head in STAGES:
+            of_stage[head].append(rest)
+        elif head in ("pipeline", "hydra") or argument.startswith("-") or argument.partition("=")[0] in STAGES:
+            own.append(argument)
+        else:
+            shared.append(argument)
+    return own, shared, of_stage
+
+
+def plan(
+    chosen: Mapping[str, Any], shared: Sequence[str], of_stage: Mapping[str, Sequence[str]], folder: Path
+) -> list[Stage]:
+    """The stages to run, in order.
+
+    Args:
+        chosen: for each of `STAGES` an algorithm, the folder of a model to take instead, or None to leave it out.
+        shared: arguments of all stages.
+        of_stage: further arguments of each.
+        folder: of the pipeline; a stage's is inside.
+
+    Raises:
+        InputError: a choice that cannot be run, or nothing to run.
+    """
+    for name in STAGES:
+        _check_choice(name, chosen[name], of_stage[name])
+    made: dict[str, Path | None] = {}
+    stages: list[Stage] = []
+    for name in STAGES:
+        choice = chosen[name]
+        if name == REWARD_MODEL and chosen[POLICY] in _choices() and not _samples(chosen[POLICY]):
+            choice = None  # it learns from the pairs themselves
+        if choice is None or choice not in _choices():
+            made[name] = None if choice is None else Path(choice).expanduser().resolve()
+            continue
+        given = [*shared, *of_stage[name]]
+        taken = _reward(made, choice, given) if name == POLICY else []
+        arguments = (f"algo={choice}", *_start(made.get(SFT), choice, given), *taken, *_kept(made.get(SFT), given))
+        stages.append(Stage(name, choice, arguments, folder / name))
+        made[name] = stages[-1].model
+    if not stages:
+        raise InputError("nothing to run: give one of pipeline.sft, pipeline.reward_model, pipeline.policy an algorithm")
+    return stages
+
+
+def _start(policy: Path | None, algorithm: str, given: Sequence[str]) -> list[str]:
+    """The model that a stage starts from, and what the built-in task wants changed for it."""
+    keys = {argument.partition("=")[0]: argument.partition("=")[2] for argument in given}
+    built_in = keys.get("data", _BUILT_IN) == _BUILT_IN and "data.path" not in keys
+    own_model = not keys.get("model", "tiny").startswith("tiny") or "model.path" in keys
+    if policy is None:
+        return ["model=tiny_scratch"] if built_in and algorithm == "sft" and not {*_MODEL_KEYS} & keys.keys() else []
+    preset = next((p for p in (f"{_BUILT_IN}_{s}_{algorithm}" for s in ("pipeline", "tiny")) if _is_preset(p)), None)
+    fits = built_in and not own_model and preset is not None and not {"preset", "experiment"} & keys.keys()
+    return [f"model.path={policy}", *([f"preset={preset}"] if fits else [])]
+
+
+def _kept(policy: Path | None, given: Sequence[str]) -> list[str]:
+    """The arguments given, without those that name the model of the first stage."""
+    return [a for a in given if policy is None or a.partition("=")[0] not in _MODEL_KEYS]
+
+
+def _reward(made: Mapping[str, Path | None], algorithm: str, given: Sequence[str]) -> list[str]:
+    """The reward model as the policy's only reward, unless the user has given another."""
+    judge = made[REWARD_MODEL]
+    if judge is None or not _samples(algorithm) or any(argument.startswith("reward.funcs=") for argument in given):
+        return []
+    return [f"reward.funcs=[{quoted(str(judge))}]"]
+
+
+def _check_choice(name: str, choice: Any, arguments: Sequence[str]) -> None:
+    if choice is None:
+        if arguments:
+            raise InputError(f"{name}.{arguments[0]} would have no effect: pipeline.{name} is null")
+        return
+    if choice in _choices():
+        if name == REWARD_MODEL and choice != "reward_modeling":
+            raise InputError(f"pipeline.reward_model={choice} makes no reward model; use reward_modeling")
+        return
+    folder = Path(str(choice)).expanduser()
+    if name == POLICY or not (folder / "config.json").is_file():
+        instead = "" if name == POLICY else ", nor the folder of a model"
+        raise InputError(f"pipeline.{name}={choice} is no algorithm{instead}{nearest(str(choice), _choices())}")
+    if arguments:
+        raise InputError(f"{name}.{arguments[0]} would have no effect: pipeline.{name} is a model that is there already")
+
+
+def _choices() -> list[str]:
+    return sorted(file.stem for file in (conf_dir() / "algo").glob("*.yaml"))
+
+
+def _samples(algorithm: str) -> bool:
+    """Whether an algorithm learns from rewards of what it samples."""
+    node = yaml.safe_load((conf_dir() / "algo" / f"{algorithm}.yaml").read_text())
+    signature = signature_of(node["_target_"])
+    return signature is not None and "group_size" in signature.parameters
+
+
+def _is_preset(name: str) -> bool:
+    return (conf_dir() / "preset" / f"{name}.yaml").is_file()
