@@ -1,11 +1,12 @@
 """From raw data to a policy in three stages: `python -m lit_rlhf.pipeline`.
 
-    sft             demonstrations -> a policy                      (Stiennon et al. 2009.01325, Ouyang et al. 2203.02155)
+    sft             demonstrations -> a policy
     reward_model    pairs          -> a judge, made from that policy
-    policy          prompts        -> the policy that the judge prefers, with a KL to the first one
+    policy          prompts        -> the policy that the judge prefers, held near the first by a KL
 
-Each stage is an ordinary run of `python -m lit_rlhf.train`, in a process and a folder of its own. Given the folder of
-an earlier pipeline, the stages that are finished there are not run again, and one that was stopped goes on.
+as in Stiennon et al. (arXiv 2009.01325) and Ouyang et al. (2203.02155). Each stage is an ordinary run of
+`python -m lit_rlhf.train`, in a process and a folder of its own. Given the folder of an earlier pipeline, the stages
+that are finished there are not run again, and one that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -79,19 +80,22 @@ def check_choices(config: Mapping[str, Any]) -> None:
             raise InputError(f"unknown key 'pipeline.{key}'{nearest(str(key), STAGES)}")
 
 
-def check_stages(stages: Sequence[Stage]) -> None:
-    """Check the command lines of all stages before the first is run, as `train` would."""
-    for stage in stages:
+def check_stage(stage: Stage) -> None:
+    """Check a stage's command line, as `train` would, before anything is run."""
+    try:
         overrides = prepare_arguments(stage.arguments, cli.primary("train"))
         cli.check_grammar(overrides)
         plain: Any = OmegaConf.to_container(compose("train", overrides), resolve=False)
         check_training(plain)
+    except InputError as error:
+        raise InputError(f"in the stage {stage.name}: {error}") from None
 
 
 def _pipeline(cfg: DictConfig, shared: Sequence[str], of_stage: Mapping[str, Sequence[str]]) -> None:
     folder = Path(cli.run_folder())
     stages = plan(cfg.pipeline, shared, of_stage, folder)
-    check_stages(stages)
+    for stage in stages:
+        check_stage(stage)
     results = run_stages(stages)
     (folder / "pipeline.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))

@@ -66,11 +66,8 @@ def table(results: dict[str, Any]) -> str:
             lines.append((*head, *own))
             head = ("", "", "")
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    numeric = (2, 4, 5)
-    return "\n".join(
-        "  ".join(f"{cell:>{w}}" if i in numeric else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
-        for line in lines
-    )
+    aligned = [f"<{widths[i]}" if i in (0, 1, 3) else f">{widths[i]}" for i in range(len(widths))]
+    return "\n".join("  ".join(map(format, line, aligned)).rstrip() for line in lines)
 
 
 def draw(stages: Sequence[Stage], target: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,10 @@ from lit_rlhf.signatures import nearest, signature_of
 
 SFT, REWARD_MODEL, POLICY = STAGES = ("sft", "reward_model", "policy")
 _MODEL_KEYS = ("model", "model.path", "tokenizer")  # of the first stage; the others start from what it made
+_INSTEAD = {
+    "algo": "pipeline.policy=NAME (or pipeline.sft=NAME)",
+    "ckpt_path": "hydra.run.dir=FOLDER with the folder of the pipeline that is to go on",
+}
 _BUILT_IN = "arithmetic"
 
 
@@ -70,7 +73,7 @@ class Stage:
         record = {"algorithm": self.algorithm, "arguments": list(self.arguments), "seconds": round(seconds, 1)}
         partial = self.folder / ".stage.json"
         partial.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(partial, self.folder / "stage.json")
+        partial.replace(self.folder / "stage.json")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
@@ -109,12 +112,19 @@ def plan(
     """
     for name in STAGES:
         _check_choice(name, chosen[name], of_stage[name])
+        for argument in (*shared, *of_stage[name]):
+            if (instead := _INSTEAD.get(argument.lstrip("+").partition("=")[0])) is not None:
+                raise InputError(f"{argument} is not for a pipeline; write {instead}")
     made: dict[str, Path | None] = {}
     stages: list[Stage] = []
     for name in STAGES:
         choice = chosen[name]
         if name == REWARD_MODEL and chosen[POLICY] in _choices() and not _samples(chosen[POLICY]):
-            choice = None  # it learns from the pairs themselves
+            choice = None
+            if of_stage[name]:
+                raise InputError(
+                    f"{name}.{of_stage[name][0]} would have no effect: {chosen[POLICY]} learns without a reward model"
+                )
         if choice is None or choice not in _choices():
             made[name] = None if choice is None else Path(choice).expanduser().resolve()
             continue
@@ -124,7 +134,9 @@ def plan(
         stages.append(Stage(name, choice, arguments, folder / name))
         made[name] = stages[-1].model
     if not stages:
-        raise InputError("nothing to run: give one of pipeline.sft, pipeline.reward_model, pipeline.policy an algorithm")
+        raise InputError(
+            "nothing to run: give one of pipeline.sft, pipeline.reward_model, pipeline.policy an algorithm"
+        )
     return stages
 
 
@@ -167,7 +179,9 @@ def _check_choice(name: str, choice: Any, arguments: Sequence[str]) -> None:
         instead = "" if name == POLICY else ", nor the folder of a model"
         raise InputError(f"pipeline.{name}={choice} is no algorithm{instead}{nearest(str(choice), _choices())}")
     if arguments:
-        raise InputError(f"{name}.{arguments[0]} would have no effect: pipeline.{name} is a model that is there already")
+        raise InputError(
+            f"{name}.{arguments[0]} would have no effect: pipeline.{name} is a model that is there already"
+        )
 
 
 def _choices() -> list[str]:
