@@ -206,7 +206,8 @@ def test_every_yaml_composes_and_its_keys_exist(group, name):
         config = config_of(f"{group}.path=somewhere")
         assert config[group].path == "somewhere"
     elif group == "preset":
-        config = config_of(f"algo={name.removeprefix('arithmetic_tiny_')}")
+        algorithm = next(algo for algo in sorted(ALGORITHMS, key=len, reverse=True) if name.endswith(f"_{algo}"))
+        config = config_of(f"algo={algorithm}", f"preset={name}")
     else:
         config = config_of(f"{group}={name}")
     check_config(plain(config))

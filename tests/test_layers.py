@@ -23,8 +23,8 @@ LAYERS = (  # lowest first; parts of one layer do not know each other
     {"rollouts", "data"},
     {"callbacks", "loggers", "checkpoints", "evaluation"},
     {"algorithms"},
-    {"cli"},
-    {"train", "evaluate"},
+    {"cli", "stages"},
+    {"train", "evaluate", "stage_results"},
     {"pipeline"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
