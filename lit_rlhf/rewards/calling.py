@@ -37,7 +37,7 @@ def call(fn: RewardFunction, name: str, offered: Mapping[str, Any], timeout: flo
     except InputError:  # says it itself
         raise
     except Exception as error:
-        raise InputError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+        raise InputError(_raised(name, error)) from error
 
 
 def wanted(fn: RewardFunction, name: str, offered: Collection[str]) -> list[str]:
@@ -73,32 +73,36 @@ def awaited(awaitables: Mapping[str, Awaitable[Any]], timeout: float | None) -> 
     if not awaitables:
         return {}
 
-    async def run() -> dict[str, asyncio.Task[Any]]:
-        tasks = {name: asyncio.create_task(_coroutine(a), name=name) for name, a in awaitables.items()}
-        await asyncio.wait(tasks.values(), timeout=timeout or None, return_when=asyncio.FIRST_EXCEPTION)
-        for task in tasks.values():
-            task.cancel()  # without effect on those that are done
-        return tasks
+    async def run() -> tuple[dict[str, asyncio.Task[Any]], list[str]]:
+        tasks = {name: asyncio.create_task(_coroutine(a)) for name, a in awaitables.items()}
+        _, late = await asyncio.wait(tasks.values(), timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+        for task in late:
+            task.cancel()
+        done = {name: task for name, task in tasks.items() if task not in late}
+        return done, [name for name in tasks if name not in done]
 
     future = asyncio.run_coroutine_threadsafe(run(), _event_loop(os.getpid()))
     try:
-        tasks = future.result(timeout + _BLOCKED if timeout else None)
+        done, late = future.result(timeout + _BLOCKED if timeout else None)
     except FutureTimeout:
         _event_loop.cache_clear()  # that one is blocked
         names = " or ".join(awaitables)
         raise InputError(f"{_hangs(names, timeout)}; it blocks its event loop instead of awaiting") from None
     finally:
         future.cancel()
-    for name, task in tasks.items():
-        if task.done() and (task.cancelled() or task.exception() is not None):
-            error = None if task.cancelled() else task.exception()
-            if isinstance(error, InputError):
-                raise error
-            what = "CancelledError" if error is None else f"{type(error).__name__}: {error}"
-            raise InputError(f"reward function {name} raised {what}") from error
-    if late := [name for name, task in tasks.items() if not task.done()]:
+    found = {name: _result(name, task) for name, task in done.items()}
+    if late:
         raise InputError(_hangs(late[0], timeout))
-    return {name: task.result() for name, task in tasks.items()}
+    return found
+
+
+def _result(name: str, task: asyncio.Task[Any]) -> Any:
+    try:
+        return task.result()
+    except InputError:
+        raise
+    except (Exception, asyncio.CancelledError) as error:
+        raise InputError(_raised(name, error)) from error
 
 
 def numbers(returned: Any, count: int, name: str) -> list[float]:
@@ -142,6 +146,10 @@ def _copied(value: Any) -> Any:
     if type(value) is list:
         return [_copied(x) for x in value] if any(type(x) in (list, dict) for x in value) else list(value)
     return {key: _copied(x) for key, x in value.items()} if type(value) is dict else value
+
+
+def _raised(name: str, error: BaseException) -> str:
+    return f"reward function {name} raised {type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _hangs(name: str, timeout: float | None) -> str:

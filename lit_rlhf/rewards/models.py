@@ -19,7 +19,7 @@ from lit_rlhf.models.loading import (
     load_reward_model,
     max_positions,
 )
-from lit_rlhf.text import encode_completion, encode_prompt, with_own_pad_token
+from lit_rlhf.text import encode_completions, encode_prompts, with_own_pad_token
 from lit_rlhf.types import pad_right
 
 
@@ -96,7 +96,7 @@ class RewardModel:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         """The reward of each of the N completions."""
-        rows = [self.encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rows = self.encode(prompts, completions)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         rewards = [0.0] * len(rows)
         for start in range(0, len(order), self.batch_size):
@@ -105,20 +105,22 @@ class RewardModel:
                 rewards[i] = reward
         return rewards
 
-    def encode(self, prompt: Any, completion: Any) -> list[int]:
-        """Token ids of a prompt and its completion, EOS included.
+    def encode(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[int]]:
+        """Token ids of each prompt and its completion, EOS included.
 
         Raises:
             InputError: they are longer than the model's context, or chat messages without a chat template.
         """
-        ids = encode_prompt(self.tokenizer, prompt) + encode_completion(self.tokenizer, completion, self._end, prompt)
-        limit = max_positions(self.model)
-        if limit is not None and len(ids) > limit:
+        starts = encode_prompts(self.tokenizer, prompts)
+        ends = encode_completions(self.tokenizer, completions, self._end, prompts)
+        rows = [start + end for start, end in zip(starts, ends, strict=True)]
+        longest, limit = max(map(len, rows), default=0), max_positions(self.model)
+        if limit is not None and longest > limit:
             raise InputError(
                 f"reward model {self.__name__} reads at most {limit} tokens, and a prompt with its completion has "
-                f"{len(ids)}; lower rollout.max_new_tokens, leave long prompts out or take another model"
+                f"{longest}; lower rollout.max_new_tokens, leave long prompts out or take another model"
             )
-        return ids
+        return rows
 
     @torch.no_grad()
     def _rewards(self, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -23,6 +23,7 @@ _NUMBER = re.compile(
 
 
 _SECONDS = 5.0  # for one expression
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # and no command of LaTeX
 _LOUD = ("math_verify.parser", "math_verify.grader")  # they warn that the limit on time is ours
 
 
@@ -71,7 +72,7 @@ def math_expression(completions: Sequence[Any], answer: Sequence[Any], **_: Any)
     r"""Return 1.0 where the completion's final expression equals the answer, as the library math-verify decides.
 
     `None` where the reference answer is no expression that it reads; 0.0 where the completion holds none, or comparing
-    takes longer than five seconds. An answer without `$` or `\boxed` is read with `$` about it, too.
+    takes longer than five seconds. A bare answer, `x^2 + 1`, is read as if it stood between `$`.
 
     >>> math_expression(completions=[r"so $x = \frac{2}{4}$", "$0.6$"], answer=["1/2", "1/2"])
     [1.0, 0.0]
@@ -87,7 +88,8 @@ def math_expression(completions: Sequence[Any], answer: Sequence[Any], **_: Any)
 
 
 def _gold(right: str) -> list[Any]:
-    return _expressions(right) or _expressions(f"${right}$")
+    bare = "$" not in right and "\\boxed" not in right and not _WORD.search(right)
+    return (_expressions(f"${right}$") if bare else []) or _expressions(right)
 
 
 def _equal(gold: list[Any], text: str) -> bool:

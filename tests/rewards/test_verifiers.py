@@ -1,10 +1,14 @@
 """What counts as the answer."""
 
+import sys
+import threading
+import time
 from decimal import Decimal
 
 import pytest
 
-from lit_rlhf.rewards import exact_match, final_number, numeric_answer
+from lit_rlhf.errors import InputError
+from lit_rlhf.rewards import RewardFunctions, exact_match, final_number, math_expression, numeric_answer, text_of
 
 
 @pytest.mark.parametrize(
@@ -96,3 +100,78 @@ def test_lists_of_unequal_length_are_no_match(fn):
 @pytest.mark.parametrize("fn", [exact_match, numeric_answer])
 def test_a_row_without_an_answer_is_not_judged(fn):
     assert fn(["None", "7", "8"], [None, None, "8"]) == [None, None, 1.0]
+
+
+# mathematical expressions
+
+
+def chat(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("gold", "completion", "expected"),
+    [
+        ("1/2", "so it is $\\frac{2}{4}$", 1),
+        ("1/2", "\\boxed{0.5}", 1),
+        ("1/2", "$0.6$", 0),
+        ("1/2", "I do not know", 0),
+        ("1/2", "", 0),
+        ("$x^2 + 2x + 1$", "it is $(x+1)^2$", 1),
+        ("x^2 + 2x + 1", "it is $(x+1)^2$", 1),  # bare
+        ("x^2 + 2x + 1", "it is $(x-1)^2$", 0),
+        (r"\sqrt{8}", r"$2\sqrt{2}$", 1),
+        (r"\{1, 2\}", r"$\{2, 1\}$", 1),
+        ("72", "#### 72", 1),
+        ("1,234", "$1234$", 1),
+        ("Half of 48 is 48/2 = 24, and 48 + 24 = 72. #### 72", "72", 1),
+        ("apples", "42", None),
+        (72, "seventy-two, that is 72.", 1),
+        ("no mathematics here", "42", None),
+        (None, "42", None),
+        ("None", "None", None),
+    ],
+)
+def test_expressions(gold, completion, expected):
+    assert math_expression(completions=[completion], answer=[gold]) == [expected]
+    assert math_expression(completions=[chat(completion)], answer=[gold]) == [expected]
+
+
+def test_expressions_are_judged_in_any_thread():
+    found = []
+    judge = lambda: found.append(math_expression(completions=["$1/2$", "$1/3$"], answer=["0.5", "0.5"]))  # noqa: E731
+    thread = threading.Thread(target=judge)
+    thread.start()
+    thread.join(60)
+    assert found == [[1.0, 0.0]]
+
+
+def test_an_expression_that_takes_too_long_is_wrong_and_the_others_are_judged(monkeypatch):
+    import math_verify
+
+    verify = math_verify.verify
+
+    def slow(gold, predicted, **keywords):
+        if predicted[-1] == "9":
+            time.sleep(30)
+        return verify(gold, predicted, **keywords)
+
+    monkeypatch.setattr("lit_rlhf.rewards.verifiers._SECONDS", 0.2)
+    monkeypatch.setattr(math_verify, "verify", slow)
+    rewards = RewardFunctions(math_expression)
+    total, _ = rewards(["p"] * 3, ["$9$", "$5$", "$6$"], [[1]] * 3, {"answer": ["9", "5", "5"]})
+    assert total.tolist() == [0, 1, 0]
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(InputError, match=r"math_expression needs the package math-verify: pip install 'lit_rlhf\[ma"):
+        math_expression(completions=["1"], answer=["1"])
+
+
+def test_messages_are_read_whole():
+    blocks = [{"type": "text", "text": "4"}, {"type": "image"}, {"type": "text", "text": "2"}]
+    assert text_of([{"role": "assistant", "content": blocks}]) == "42"
+    assert text_of([{"content": "4"}, {"content": None}, {"content": "2"}]) == "42"
+    assert exact_match(completions=[chat(" 42 ")], answer=[42]) == [1.0]
+    assert numeric_answer(completions=[chat("#### 42.0")], answer=["42"]) == [1.0]
