@@ -2,17 +2,26 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from lit_rlhf import GRPO, RewardModeling
 from lit_rlhf.callbacks.hf_export import HFExport
-from lit_rlhf.data import ArithmeticData
+from lit_rlhf.data import ArithmeticData, RowsDataModule
 from lit_rlhf.data.tasks import character_tokenizer
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import load_causal_lm
 from lit_rlhf.rewards import RewardFunctions, RewardModel
 from lit_rlhf.types import SamplingConfig
-from tests.helpers import trainer
+from tests.chat import CHATML, assistant, byte_tokenizer, user
+from tests.helpers import tiny_model, trainer
 
 PROMPTS, COMPLETIONS = ["1+2=", "12+34=", "99+99=", "5+5="], ["3", "47", "198", ""]
 
@@ -188,3 +197,73 @@ def test_rows_longer_than_the_context_are_refused(tmp_path):
         InputError, match=r"^reward model model reads at most 8 tokens, and a prompt with its comp.* 9;"
     ):
         judge(["1+2="], ["3333"], [[1]], {})
+
+
+# chat messages
+
+
+@pytest.fixture(scope="module")
+def of_chats(tmp_path_factory):
+    """A reward model of conversations, and the folder it left."""
+    folder = tmp_path_factory.mktemp("chat") / "judge"
+    tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=256)
+    rows = [{"prompt": user(p), "chosen": assistant(c), "rejected": assistant("?")} for p, c in CHATS if c]
+    module = RewardModeling(policy=model, tokenizer=tokenizer, lr=1e-2, batch_size=2)
+    trainer(max_steps=2, callbacks=[HFExport(folder)]).fit(module, datamodule=RowsDataModule(rows))
+    return module, folder
+
+
+CHATS = [("what is 1+2?", "it is 3"), ("and the sky?", "blue"), ("say nothing", "")]
+
+
+def test_conversations_are_judged_as_they_were_learnt(of_chats):
+    module, folder = of_chats
+    prompts, texts = zip(*((user(p), c) for p, c in CHATS), strict=True)
+    expected = module_rewards(module, list(prompts), [assistant(text) for text in texts])
+    total, _ = RewardFunctions(str(folder))(prompts, texts, [[1]] * 3, {})
+    assert total.tolist() == pytest.approx(expected, abs=1e-5)
+    rows = RewardModel(folder).encode(list(prompts), [assistant(text) for text in texts])
+    text = module.tokenizer.decode(rows[0])
+    assert text == "<|im_start|>user\nwhat is 1+2?<|im_end|>\n<|im_start|>assistant\nit is 3<|im_end|>"
+
+
+def test_chat_messages_without_a_template_are_refused_before_anything_is_sampled(trained):
+    rows = [{"prompt": user("1+2="), "answer": "3"}]
+    sentence = "^reward model judge: prompts are chat messages, and its tokenizer has no chat template; set"
+    with pytest.raises(InputError, match=sentence):
+        RewardFunctions(str(trained[1])).check(rows)
+    RewardFunctions(str(trained[1])).check([{"prompt": "1+2="}])
+    with pytest.raises(InputError, match="has no chat template"):
+        RewardModel(trained[1])([user("1+2=")], [assistant("3")])
+
+
+# encoders
+
+
+def test_an_encoder_is_read_with_its_own_special_tokens():
+    """They have no EOS: the text ends with the separator, and the first token is pooled."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bert_backend(), **BERT)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5, **sizes)
+    model = BertForSequenceClassification(config).eval()
+    judge = RewardModel(model, tokenizer)
+    expected = []
+    for prompt, completion in (("a b", "c"), ("c", "a a b")):
+        ids = tokenizer(f"{prompt} {completion}", return_tensors="pt")["input_ids"]
+        assert ids[0, -1] == tokenizer.sep_token_id
+        with torch.no_grad():
+            expected.append(float(model(ids).logits))
+    assert judge(["a b", "c"], ["c", "a a b"]) == pytest.approx(expected, abs=1e-5)
+
+
+BERT = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+
+
+def bert_backend():
+    words = {name: i for i, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    return backend
