@@ -257,7 +257,7 @@ def my_function(prompts, completions, completion_ids, level, **columns):
         assert [levels[prompt] for prompt in prompts] == level
         assert [[x] for x in level] == note
         assert len(completions) == len(prompts)
-        assert others == ["note"]
+        assert others == ["log_extra", "log_metric", "note", "trainer_state"]
     (rollout,) = [row for row in metrics_of(folder) if "reward/reward_mean" in row]
     level = next(call[2] for call in calls if len(call[0]) == 16)
     expected = sum(level) / 16 + 0.5 * rollout["rollout/response_length"]
@@ -293,3 +293,58 @@ class MyDAPO(DAPO):
     finished = fork(*arguments, cwd=here)
     assert run_folder(finished) == here / "out"
     assert "strength 2.5\n" in finished.out
+
+
+# rewards
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_one_run_is_the_reward_of_another(here):
+    """Training sees the model's rewards alone, and accuracy is still reported."""
+    judged = fork("algo=reward_modeling", "trainer.max_steps=2", "trainer.max_epochs=-1", *TINY[1:], cwd=here)
+    judge = run_folder(judged) / "model"
+    finished = fork("algo=ppo", f"reward.funcs=[{judge}]", *TINY, cwd=here)
+    rows = metrics_of(run_folder(finished))
+    (rollout,) = [row for row in rows if "rewards/model" in row]
+    assert rollout["rewards/model"] == rollout["reward/reward_mean"]
+    assert rollout["rewards/model_std"] > 0
+    assert any("val/accuracy_greedy" in row for row in rows)
+
+
+def test_rewards_with_arguments(here):
+    Path("mine.py").write_text(
+        "def longer(completions, than):\n    return [float(len(c) > than) for c in completions]\n"
+    )
+    funcs = "lit_rlhf.rewards.exact_match,{_target_: mine.longer, than: 2},"
+    funcs += '{_target_: lit_rlhf.rewards.regex_format, pattern: "[0-9]{1,2}"}'
+    finished = fork(f"reward.funcs=[{funcs}]", "reward.weights=[1,0.5,0]", "reward.timeout=20", *TINY, cwd=here)
+    (rollout,) = [row for row in metrics_of(run_folder(finished)) if "rewards/longer" in row]
+    total = rollout["rewards/exact_match"] + 0.5 * rollout["rewards/longer"]
+    assert rollout["reward/reward_mean"] == pytest.approx(total, abs=1e-6)
+    assert 0 < rollout["rewards/regex_format"] < 1
+    assert rollout["rewards/longer"] + rollout["rewards/regex_format"] <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("reward", "sentence"),
+    [
+        (
+            "[{_target_: lit_rlhf.rewards.regex_format, patern: a}]",
+            "unknown key 'reward.funcs.0.patern'; did you mean 'pattern'?",
+        ),
+        ("[{pattern: a}]", "a reward function's node needs a _target_, an import path; got {'pattern': 'a'}"),
+        ("[./nowhere]", "reward model: there is no folder ./nowhere; give a model folder or a Hub name"),
+        (
+            "[lit_rlhf.rewards.math]",
+            "reward function 'lit_rlhf.rewards.math': module 'lit_rlhf.rewards' has no function 'math'; the",
+        ),
+        ("[mine.needs]", "reward function needs needs 'solution', which the data does not have; it has answer"),
+        ("[mine.hangs]", "reward function hangs has not returned after 0.5 seconds; if it needs longer raise"),
+    ],
+)
+def test_rewards_that_cannot_be_used_are_one_sentence(here, reward, sentence):
+    Path("mine.py").write_text(
+        "import re\n\n\ndef needs(completions, solution):\n    return []\n\n\n"
+        "def hangs(completions):\n    return [float(bool(re.match(r'(a|aa)+$', 'a' * 60 + 'b')))] * len(completions)\n"
+    )
+    assert fork(f"reward.funcs={reward}", "reward.timeout=0.5", *TINY, cwd=here).sentence().startswith(sentence)

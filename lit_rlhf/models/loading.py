@@ -51,7 +51,7 @@ def load_causal_lm(
     Raises:
         InputError: the model cannot be found or read, or the adapters cannot be added.
     """
-    model = _from_pretrained(
+    model = from_pretrained(
         AutoModelForCausalLM,
         "model.path",
         path,
@@ -84,8 +84,8 @@ def load_reward_model(
     """
     key, kwargs = "reward model", {"trust_remote_code": trust_remote_code}
     chosen = "auto" if dtype is None else floating_dtype("reward model: dtype", dtype)
-    check_one_label(_from_pretrained(AutoConfig, key, path, **kwargs), str(path))
-    model, info = _from_pretrained(
+    check_one_label(from_pretrained(AutoConfig, key, path, **kwargs), str(path))
+    model, info = from_pretrained(
         AutoModelForSequenceClassification, key, path, dtype=chosen, output_loading_info=True, **kwargs
     )
     if missing := sorted(info["missing_keys"]):
@@ -120,7 +120,7 @@ def load_tokenizer(path: str | Path = TINY, trust_remote_code: bool = False) -> 
     Raises:
         InputError: no tokenizer there, or one without an end-of-sequence token.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", path, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, "tokenizer", path, trust_remote_code=trust_remote_code)
     return prepare_tokenizer(tokenizer, str(path))
 
 
@@ -206,11 +206,11 @@ def vocabulary_size(model: nn.Module | str | Path) -> int:
     if isinstance(model, nn.Module):
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         return int(embeddings.num_embeddings)
-    config = _from_pretrained(AutoConfig, "model.path", base_of(resolve(model)))
+    config = from_pretrained(AutoConfig, "model.path", base_of(resolve(model)))
     return int(config.get_text_config(decoder=True).vocab_size)
 
 
-def _from_pretrained(auto: Any, key: str, path: str | Path, **kwargs: Any) -> Any:
+def from_pretrained(auto: Any, key: str, path: str | Path, **kwargs: Any) -> Any:
     """Load what the argument `key` names; whatever is wrong with the files is one sentence about that argument."""
     source = resolve(path)
     folder = Path(source).expanduser()

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.models.loading import (
-    _from_pretrained,
     check_one_label,
     disable_dropout,
     floating_dtype,
+    from_pretrained,
     load_reward_model,
     max_positions,
 )
@@ -79,7 +79,7 @@ class RewardModel:
                 "reward model: the model was not loaded from anywhere and has no tokenizer of its own; give "
                 "RewardModel(model, tokenizer=...)"
             )
-        return _from_pretrained(AutoTokenizer, "reward model", name, trust_remote_code=trust_remote_code)
+        return from_pretrained(AutoTokenizer, "reward model", name, trust_remote_code=trust_remote_code)
 
     def to(self, device: torch.device | str) -> RewardModel:
         """Move the model to `device`."""
