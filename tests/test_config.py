@@ -420,6 +420,10 @@ def with_values(*assignments):
         ("model.path=null", "'model.path' must be str or Path, got null"),
         ("callbacks.foo=1", "unknown key 'callbacks.foo'; known: checkpoint, export, progress"),
         ("data.train_size=many", "'data.train_size' must be int or Sequence[int], got 'many'"),
+        ("model.lora.rr=3", "unknown key 'model.lora.rr'; did you mean 'r'?"),
+        ("model.lora.target_module=x", "unknown key 'model.lora.target_module'; did you mean 'target_modules'?"),
+        ("model.lora.r=4.5", "'model.lora.r' must be int, got 4.5"),
+        ("model.lora=16", "'model.lora' has keys of its own, got 16; known: r, alpha, dropout, target_modules"),
     ],
 )
 def test_bad_keys_and_values_are_refused_with_a_sentence(override, sentence):
@@ -439,6 +443,9 @@ def test_bad_keys_and_values_are_refused_with_a_sentence(override, sentence):
         "data.held_out=${seed}",  # known only when it is resolved
         "logger.wandb.tags=[a]",  # wandb_logger passes on what it does not know
         "callbacks.progress=null",
+        "model.lora=null",
+        "model.lora={r: 4, alpha: 8}",
+        "model.lora.target_modules=[q_proj]",
     ],
 )
 def test_good_values_are_accepted(override):

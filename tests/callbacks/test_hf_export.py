@@ -266,9 +266,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     callback, module = HFExport(tmp_path / "model"), module_with()
     callback.setup(None, module, "fit")
     (tmp_path / "model" / "thesis.tex").write_text("three years of work")
-    with pytest.raises(
-        InputError, match=r"^callbacks\.export\.folder: .*model holds something else than a model;"
-    ):
+    with pytest.raises(InputError, match=r"^callbacks\.export\.folder: .*model holds something else than a model;"):
         callback.setup(None, module, "fit")
     (tmp_path / "model" / "config.json").write_text("{}")
     callback.setup(None, module, "fit")
