@@ -195,6 +195,7 @@ def test_a_run_with_adapters_leaves_the_merged_model_and_the_adapter(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").eos_token_id == module.tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_a_fit_goes_on_after_an_export(tmp_path):
     def run(folder):
         module = GRPO(policy=tiny_adapted(), sampling=SHORT, lr=1e-2, prompts_per_rollout=4, group_size=2, kl_coef=0.1)
