@@ -72,6 +72,8 @@ def test_the_metrics_table_is_what_runs_log():
     curriculum = {"curriculum": "success_rate", "curriculum_level": "difficulty", "reward_funcs": [exact_match]}
     found |= logged(GRPO(**small, **curriculum), train_rows=arithmetic_splits([2], train_size=8)[0])
     found |= logged(DPO(batch_size=4, sampling=sampling)) | logged(RewardModeling(batch_size=4, center_coef=0.01))
+    shown = [{"prompt": "1+2=", "completion": "3"}] * 4
+    found |= logged(SFT(batch_size=4), train_rows=shown, held_out_rows=shown)
     rows = [{"prompt": "1+2=" + "0" * zeros} for zeros in (0, 0, 0, 0, 200)]
     found |= logged(GRPO(**small, reward_funcs=[length]), train_rows=rows, held_out_rows=rows, long_rows="drop")
     assert documented() == {re.sub(r"rewards/(exact_match|length)", "rewards/NAME", name) for name in found}

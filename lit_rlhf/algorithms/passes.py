@@ -9,7 +9,7 @@ from lit_rlhf.algorithms.base import RLHFModule
 from lit_rlhf.data.columns import check_completions
 from lit_rlhf.errors import InputError
 from lit_rlhf.rollouts.loader import PassLoader, shares
-from lit_rlhf.types import PreferenceBatch, Row
+from lit_rlhf.types import CompletionBatch, PreferenceBatch, Row
 
 Collate = Callable[[list[Row]], Any]
 
@@ -54,15 +54,15 @@ def pass_loader(
 
 
 class HeldOutLoader:
-    """Held-out pairs in batches, this rank's share of them.
+    """Held-out demonstrations or pairs in batches, this rank's share of them.
 
-    Every rank has as many batches, see `PromptLoader`; what fills up is the first pair without its tokens.
+    Every rank has as many batches, see `PromptLoader`; what fills up is the first row without its tokens.
     """
 
     def __init__(
         self,
         rows: Sequence[Row],
-        collate: Callable[[list[Row]], PreferenceBatch],
+        collate: Collate,
         batch_size: int,
         rank: int,
         world_size: int,
@@ -73,7 +73,7 @@ class HeldOutLoader:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __iter__(self) -> Iterator[PreferenceBatch]:
+    def __iter__(self) -> Iterator[CompletionBatch | PreferenceBatch]:
         for index in self.plan:
             batch = self.collate([self.rows[i] for i in index or [0]])
             yield batch if index else batch.without_tokens()

@@ -14,7 +14,7 @@ from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
 from lit_rlhf.algorithms.passes import HeldOutLoader, pass_loader
 from lit_rlhf.algorithms.preference_stats import Comparison, pair_stats, ranking
 from lit_rlhf.data.collate import collate_preferences
-from lit_rlhf.data.columns import is_text
+from lit_rlhf.data.columns import complete_rows
 from lit_rlhf.data.reference_cache import ReferenceCache
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.functional.masked import zero_outside
@@ -135,7 +135,7 @@ class PreferenceModule(RLHFModule):
 
     def validation_loader(self, rows: Sequence[Row], batch_size: int) -> Any:
         """Held-out pairs, those of the rows that have one, and prompts where there are rewards; by rank."""
-        pairs = [row for row in rows if all(is_text(row.get(column)) for column in self.completion_columns)]
+        pairs = complete_rows(rows, self.completion_columns)
         if self.cache is not None:
             self.cache.prepare(self, pairs)
         loaders: list[Any] = []

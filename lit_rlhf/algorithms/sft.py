@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.base import ModuleArgs, RLHFModule
-from lit_rlhf.algorithms.passes import pass_loader
+from lit_rlhf.algorithms.passes import HeldOutLoader, pass_loader
 from lit_rlhf.data.collate import collate_completions
+from lit_rlhf.data.columns import complete_rows
 from lit_rlhf.errors import check_number
 from lit_rlhf.rollouts.loader import PassLoader
-from lit_rlhf.types import CompletionBatch, Row
+from lit_rlhf.types import CompletionBatch, PromptBatch, Row
 
 
 class SFT(RLHFModule):
@@ -55,6 +57,27 @@ class SFT(RLHFModule):
         logprobs = self.models.score(batch).logprobs
         self.stats.update({"rollout/response_length": (batch.response_mask.sum(1).float(), None)})
         return self.total_loss({"sft_loss": self.aggregate(-logprobs, batch)})
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Held-out demonstrations: the loss of a token. Held-out prompts: see `RLHFModule.validation_step`."""
+        if isinstance(batch, PromptBatch):
+            super().validation_step(batch, batch_idx)
+        else:
+            cells = {"val/sft_loss": (-self.models.score(batch).logprobs, batch.response_mask)}
+            self.validation_stats.extend(cells)
+            self.validation_stats.update(cells)
+
+    def derived(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the perplexity of held-out demonstrations, exp of the mean loss of their tokens."""
+        loss = values.get("val/sft_loss")
+        return values if loss is None else {**values, "val/perplexity": torch.exp(loss)}
+
+    def validation_loader(self, rows: Sequence[Row], batch_size: int) -> Any:
+        """Held-out demonstrations, those of the rows that have one, and prompts where there are rewards; by rank."""
+        loaders: list[Any] = [super().validation_loader(rows, batch_size)] if self.rewards is not None else []
+        if shown := complete_rows(rows, self.completion_columns):
+            loaders.append(HeldOutLoader(shown, self.collate, batch_size, self.rank, self.world_size))
+        return loaders
 
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> PassLoader:
         """Micro-batches of demonstrations: rows with `prompt` and `completion`."""

@@ -75,6 +75,11 @@ def _messages(role: str, text: Any) -> list[dict[str, Any]]:
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
+def complete_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+    """The rows that have a completion in each of the columns."""
+    return [row for row in rows if all(is_text(row.get(column)) for column in columns)]
+
+
 def of_one_kind(rows: Sequence[Row], *more: Sequence[Row]) -> list[list[Row]]:
     """The lists of rows with the same columns everywhere, None where a row had none.
 
@@ -159,7 +164,7 @@ def _with_prompt(row: Row, where: str) -> Row:
     answer = row.get("answer")
     if "question" in row and isinstance(answer, str) and "####" in answer:
         number = answer.rpartition("####")[2].strip().replace(",", "")
-        return {**row, "prompt": row["question"], "answer": number, "solution": answer}
+        return {**row, "prompt": row["question"], "answer": number, "completion": answer}
     return row
 
 

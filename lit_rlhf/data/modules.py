@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from lit_rlhf.data.columns import check_completions, conventional, of_one_kind, presented
+from lit_rlhf.data.columns import check_completions, complete_rows, conventional, of_one_kind, presented
 from lit_rlhf.data.lengths import LONG_ROWS, LongRows, Room, room_of_prompts, room_of_rows, rows_too_long
 from lit_rlhf.data.sources import read_rows, read_splits
 from lit_rlhf.data.tasks import arithmetic_splits, demonstrations, preference_pairs
@@ -79,14 +79,15 @@ class RowsDataModule(LightningDataModule):
         module.encoder.prepare(self.held_out_rows, columns, "held-out", self.token_cache)
         prompts, rows = room_of_prompts(module), room_of_rows(module)
         self.train_rows = self._fitting("training", self.train_rows, first, rows if columns else prompts)
-        for judged, room in ((self._samples_held_out, prompts), (self._compares_held_out, rows)):
+        for judged, room in ((self._samples_held_out, prompts), (self._reads_held_out, rows)):
             if judged:
                 self.held_out_rows = self._fitting("held-out", self.held_out_rows, self.held_out_rows, room)
 
     @property
-    def _compares_held_out(self) -> bool:
-        """Whether the module in training validates on pairs."""
-        return hasattr(self._module, "compare")
+    def _reads_held_out(self) -> bool:
+        """Whether the module in training validates on completions that are given: demonstrations or pairs."""
+        columns = self._module.completion_columns
+        return bool(columns and complete_rows(self.held_out_rows, columns))
 
     @property
     def _samples_held_out(self) -> bool:
@@ -112,7 +113,7 @@ class RowsDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Batches of held-out prompts or pairs; none where there are no rows, or nothing to judge samples by."""
-        if not self.held_out_rows or not (self._compares_held_out or self._samples_held_out):
+        if not self.held_out_rows or not (self._reads_held_out or self._samples_held_out):
             return []
         return self._module.validation_loader(self.held_out_rows, self.validation_batch_size)
 

@@ -110,6 +110,10 @@ class CompletionBatch(Rows):
     step_tokens: Tensor | None = None  # []
     step_rows: Tensor | None = None  # []
 
+    def without_tokens(self) -> CompletionBatch:
+        """The same batch with empty completions: rows that count for nothing."""
+        return replace(self, response_mask=torch.zeros_like(self.response_mask))
+
 
 @dataclass(frozen=True)
 class PreferenceBatch(Rows):

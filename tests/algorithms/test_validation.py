@@ -111,19 +111,41 @@ def test_greedy_samples_have_no_kl():
         assert ("val/kl_divergence" in validated(module, pair_rows(2))) == logged
 
 
+# given completions
+
+
+def shown(rows):
+    """The rows with completions of different lengths."""
+    return [{**row, "completion": "7 " * (1 + i % 3) + "9"} for i, row in enumerate(rows)]
+
+
+def test_held_out_demonstrations_are_read_at_their_tokens_and_not_at_their_batches():
+    """Three rows in batches of two: the mean is over the tokens of all, those of the odd row too."""
+    rows = [*shown(prompt_rows(3)), {**prompt_rows(1)[0], "completion": None}]
+    module = build(SFT, tiny_model(), sampling=FEW, reward_funcs=None)
+    found = validated(module, rows, validation_batch_size=2)
+    batch = module.collate(rows[:3])
+    losses = -plain_logprobs(module.models.policy, batch)[batch.response_mask]
+    assert found["val/sft_loss"] == pytest.approx(float(losses.mean()), abs=1e-6)
+    assert found["val/perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-6)
+    assert set(found) == {"val/sft_loss", "val/perplexity"}
+
+
 # ranks
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-@pytest.mark.parametrize("name", ["grpo", "dpo", "reward"])
+@pytest.mark.parametrize("name", ["grpo", "dpo", "reward", "sft"])
 def test_two_ranks_validate_what_one_does_with_fewer_rows_than_ranks_too(name, rows):
     """Lightning leaves a rank without a batch out of what the other then waits for."""
     build_one = {
         "grpo": lambda: build(GRPO, sampling=FEW, validation_samples=2, kl_coef=0.1),
         "dpo": lambda: build(DPO, sampling=FEW),
         "reward": lambda: build(RewardModeling),
+        "sft": lambda: build(SFT, sampling=FEW),
     }[name]
     data = prompt_rows(rows) if name == "grpo" else pair_rows(rows)
+    data = shown(data) if name == "sft" else data
 
     def found(devices):
         torch.manual_seed(0)

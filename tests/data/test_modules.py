@@ -55,8 +55,13 @@ def test_a_prompt_to_sample_from_needs_room_for_the_completion():
 
 
 def test_held_out_prompts_of_which_nothing_is_sampled_may_be_long():
-    long = demonstration(CONTEXT, 1)
+    long = {**demonstration(CONTEXT, 1), "completion": None}
     assert prepared(SFT, [demonstration(1, 1)], [long], rewards=()).held_out_rows == [long]
+
+
+def test_held_out_demonstrations_are_read_and_have_to_fit():
+    with pytest.raises(InputError, match="1 of 1 held-out rows with completion and EOS do not fit the model"):
+        prepared(SFT, [demonstration(1, 1)], [demonstration(CONTEXT, 1)], rewards=())
 
 
 @pytest.mark.parametrize(

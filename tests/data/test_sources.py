@@ -68,7 +68,7 @@ def test_reads_gsm8k_format(write):
         "question": "How many?",
         "prompt": "How many?",
         "answer": "72",
-        "solution": "20 + 52 = <<20+52=72>>72.\n#### 72",
+        "completion": "20 + 52 = <<20+52=72>>72.\n#### 72",
     }
     assert second["answer"] == "-1234"
 
@@ -146,7 +146,7 @@ def test_an_unreadable_file_is_refused(write, monkeypatch):
 def test_gsm8k_itself():
     rows = [row for name in ("train", "test") for row in read_rows(GSM8K / f"{name}.jsonl")]
     assert len(rows) == 8792
-    solutions, answers = [r["solution"] for r in rows], [r["answer"] for r in rows]
+    solutions, answers = [r["completion"] for r in rows], [r["answer"] for r in rows]
     assert all(re.fullmatch(r"-?\d+(\.\d+)?", a) for a in answers)
     assert numeric_answer(solutions, answers) == [1.0] * len(rows)
     assert numeric_answer([s.replace("####", "The answer is $") + "." for s in solutions], answers) == [1.0] * len(rows)
