@@ -55,10 +55,10 @@ def reached(found: dict[str, Any], accuracy: float) -> int | None:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """One row per task and curriculum: every accuracy's completions, in thousands, median and by seed."""
+    """One row per task and curriculum: completions to every accuracy, in thousands, median and by seed."""
     heads = [f"to {accuracy}" for accuracy in ACCURACIES]
     lines = [
-        f"| task | prompts drawn | {' | '.join(heads)} | after {160 * COMPLETIONS // 1000}k | groups without signal |"
+        f"| task | prompts drawn | {' | '.join(heads)} | after {160 * COMPLETIONS / 1000:.1f} | groups without signal |"
     ]
     lines.append("|---" * (len(heads) + 4) + "|")
     for name, seeds in results.items():
