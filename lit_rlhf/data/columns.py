@@ -59,7 +59,8 @@ def presented(row: Row, prompt_template: str | None = None, system_prompt: str |
     prompt = row["prompt"]
     if prompt_template is not None:
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        text = prompt_template.replace("{prompt}", text)
+        frame = prompt_template.replace("\\n", "\n")  # as a shell hands it over
+        text = frame.replace("{prompt}", text)
         prompt = text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
     row = {**row, "prompt": prompt} if prompt is not row["prompt"] else row
     if system_prompt is None:

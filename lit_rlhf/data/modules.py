@@ -98,8 +98,8 @@ class RowsDataModule(LightningDataModule):
     def _fitting(self, which: str, rows: list[Row], measured: Sequence[Row], room: Room) -> list[Row]:
         """The rows that are used: those whose counterpart in `measured` fits, unless the others are cut."""
         long = rows_too_long(measured, room, which, self.long_rows)
-        if long and which not in self._told:
-            self._told.add(which)
+        if long and (told := f"{which} {room.what}") not in self._told:
+            self._told.add(told)
             done = "left out" if self.long_rows == "drop" else "cut"
             if self.trainer.is_global_zero:  # type: ignore[union-attr]
                 print(f"{done} {len(long)} of {len(rows)} {which} {room.what}, longer than {room.limit} tokens")

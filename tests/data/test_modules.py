@@ -170,14 +170,14 @@ def test_rewards_see_none_in_columns_that_a_row_lacks():
     [
         (
             {"prompt": "1+1?", "completion": "2"},
-            {"prompt_template": "Q: {prompt}\nA:"},
+            {"prompt_template": r"Q: {prompt}\nA:"},  # as a shell hands it over
             {"prompt": "Q: 1+1?\nA:", "completion": "2"},
         ),
         (
             {"prompt": "{1}+1?", "completion": "2", "answer": "2"},
-            {"prompt_template": "{x} {prompt}", "system_prompt": "Be brief."},
+            {"prompt_template": "{x}\n{prompt}", "system_prompt": "Be brief."},
             {
-                "prompt": [{"role": "system", "content": "Be brief."}, *user("{x} {1}+1?")],
+                "prompt": [{"role": "system", "content": "Be brief."}, *user("{x}\n{1}+1?")],
                 "completion": assistant("2"),
                 "answer": "2",
             },
