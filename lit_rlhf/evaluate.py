@@ -24,7 +24,7 @@ _KINDS = {
     "samples": (int,),
     "ks": (list, type(None)),
     "greedy": (bool,),
-    "split": (str,),
+    "rows": (str,),
     "limit": (int, type(None)),
     "batch_size": (int,),
     "ckpt_path": (str, type(None)),
@@ -33,7 +33,7 @@ _KINDS = {
     "judge": (str, type(None)),
     "device": (str, type(None)),
 }
-_SPLITS = ("held_out", "train")
+_ROWS = ("held_out", "train")
 
 
 def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
@@ -52,26 +52,30 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
 
     device = _device(cfg.device)
     data = instantiate(cfg.data)
-    rows = _rows(data, cfg.split)[: cfg.limit]
+    rows = _rows(data, cfg.rows)[: cfg.limit]
     policy = instantiate(cfg.model).to(device)
     if cfg.ckpt_path:
         _load_policy(policy, cfg.ckpt_path)
     sampling: SamplingConfig = instantiate(cfg.rollout, group_size=cfg.samples)
     judges = Judges(instantiate(cfg.reward), data.reward_funcs)
+    judges.check(rows)
     tokenizer = tokenizer_for(policy, cli.build_tokenizer(cfg.tokenizer))
-    candidate = Candidate(policy, tokenizer, judges, stop=sampling.stop, seed=cfg.seed)
+    candidate = Candidate(policy, tokenizer, judges, sampling, seed=cfg.seed)
     reference = opponent = None
     if cfg.reference.path:
         reference = _second_model(cfg, "reference").to(device).eval()
         check_same_vocabulary(policy, reference)
     if cfg.against.path:
         other = _second_model(cfg, "against").to(device)
-        opponent = Candidate(other, tokenizer_for(other), judges, stop=sampling.stop, seed=cfg.seed, stage=OPPONENT)
+        opponent = Candidate(other, tokenizer_for(other), judges, sampling, seed=cfg.seed, stage=OPPONENT)
+    too_long = 0
+    for reader in [candidate] if opponent is None else [candidate, opponent]:
+        rows, found = reader.fitting(rows, data.long_rows)
+        too_long += found
     with Path(folder, "samples.jsonl").open("w", encoding="utf-8") as file:
         metrics = evaluate_rows(
             candidate,
             rows,
-            sampling,
             ks=_ks(cfg),
             batch_size=cfg.batch_size,
             greedy=cfg.greedy,
@@ -83,15 +87,15 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
     sampled = {**asdict(sampling), "stop": list(sampling.stop)}
     settings = {"sampling": sampled, "ks": _ks(cfg), "rewards": judges.names, "judge": cfg.judge}
     report = _described(cfg, policy, settings) | {"metrics": metrics}
-    report["data"]["prompts"] = len(rows)
+    report["data"] |= {"prompts": len(rows), "too_long": too_long, "long_rows": data.long_rows}
     Path(folder, "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return report
 
 
-def _rows(data: Any, split: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = {"held_out": data.held_out_rows, "train": data.train_rows}[split]
+def _rows(data: Any, which: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = {"held_out": data.held_out_rows, "train": data.train_rows}[which]
     if not rows:
-        raise InputError(f"split={split} of the data has no rows; give the other one of {', '.join(_SPLITS)}")
+        raise InputError(f"rows={which} of the data are none; give the other of {', '.join(_ROWS)}")
     return rows
 
 
@@ -149,7 +153,7 @@ def _described(cfg: DictConfig, policy: Any, settings: dict[str, Any]) -> dict[s
         },
         "reference": cfg.reference.path,
         "against": cfg.against.path,
-        "data": {**plain["data"], "split": cfg.split},
+        "data": {**plain["data"], "rows": cfg.rows},
         "settings": {**settings, "batch_size": cfg.batch_size, "greedy": cfg.greedy, "seed": cfg.seed},
         "versions": {
             "lit_rlhf": __version__,
@@ -177,7 +181,7 @@ def check_evaluation(config: Mapping[str, Any]) -> None:
     for k in config["ks"] or ():
         if type(k) is not int or not 1 <= k <= config["samples"]:
             raise InputError(f"ks must be from 1 to samples={config['samples']}, got {k!r}")
-    check_choice("split", config["split"], _SPLITS)
+    check_choice("rows", config["rows"], _ROWS)
     check_targets(config, ("model", "data", "reward", "rollout"))
     check_elsewhere(config, {"rollout.group_size": "samples=..."})
     if config["judge"] is not None and config["against"]["path"] is None:
@@ -193,7 +197,9 @@ def _run(cfg: DictConfig) -> None:
     report = evaluate(cfg, folder)
     data, samples = report["data"], report["settings"]["sampling"]["group_size"]
     name = data["_target_"].rpartition(".")[2]
-    print(f"{data['prompts']} prompts ({data['split']} of {name}), {samples} completions each")
+    if data["too_long"]:
+        print(f"{data['too_long']} prompts are longer than the model can read: {data['long_rows']}")
+    print(f"{data['prompts']} prompts ({data['rows']} of {name}), {samples} completions each")
     print(*table(report["metrics"]), folder, sep="\n")
 
 

@@ -9,10 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lit_rlhf.data.encoding import Encoder
+from lit_rlhf.data.lengths import LongRows, room_of_prompts, rows_too_long
 from lit_rlhf.errors import InputError
 from lit_rlhf.functional import kl_estimate, mean_interval, rate_interval
 from lit_rlhf.functional.evaluation import Interval
-from lit_rlhf.models.loading import vocabulary_size
+from lit_rlhf.models.loading import end_tokens, max_positions, vocabulary_size
 from lit_rlhf.models.scoring import score
 from lit_rlhf.rewards import Judges, RewardFunctions
 from lit_rlhf.rollouts.loader import prompt_batch
@@ -24,7 +26,6 @@ from lit_rlhf.rollouts.sampler import (
     sample_and_score,
     score_texts,
 )
-from lit_rlhf.text import encode_prompt
 from lit_rlhf.types import PromptBatch, Row, SamplingConfig, ScoredRollout
 
 Judge: TypeAlias = RewardFunctions | None
@@ -72,7 +73,7 @@ class Candidate:
         policy: a Hugging Face causal language model; its device is where everything is computed.
         tokenizer: its tokenizer, see `tokenizer_for`.
         judges: what scores the completions.
-        stop: further strings that end one, see `SamplingConfig`.
+        sampling: how they are sampled, `group_size` of each prompt.
         seed: decides every sampled token, together with the prompt's place among the rows.
         stage: keeps the random numbers of two candidates apart. Those of validation are the default: what is measured
             here is what validation measures.
@@ -83,25 +84,44 @@ class Candidate:
         policy: nn.Module,
         tokenizer: Any,
         judges: Judges,
+        sampling: SamplingConfig,
         *,
-        stop: Sequence[str] = (),
         seed: int = 0,
         stage: int = VALIDATION,
     ) -> None:
         self.policy, self.tokenizer, self.judges = policy.eval(), tokenizer, judges
-        self.seed, self.stage = seed, stage
-        self.engine = default_engine(policy, tokenizer, stop)
+        self.sampling, self.seed, self.stage = sampling, seed, stage
+        self.encoder = Encoder(tokenizer, end_tokens(policy, tokenizer))
+        self.engine = default_engine(policy, tokenizer, sampling.stop)
         self.engine.update_weights(policy, 0)
 
-    def complete(self, rows: Sequence[Row], first: int, sampling: SamplingConfig, ks: Sequence[int]) -> Completions:
-        """Sample and judge; `first` is the place of the first of these rows among all."""
+    @property
+    def prompt_limit(self) -> int | None:
+        """Most tokens that a prompt may have; None where the model's configuration does not say."""
+        limit = max_positions(self.policy)
+        return None if limit is None else limit - self.sampling.max_new_tokens
+
+    def fitting(self, rows: Sequence[Row], long_rows: LongRows = "stop") -> tuple[list[Row], int]:
+        """The rows that the model can read, encoded, and how many were left out or are cut.
+
+        Args:
+            rows: all of them.
+            long_rows: what to do with prompts that do not fit, see `RowsDataModule`.
+        """
+        self.encoder.truncate = long_rows == "truncate"
+        self.encoder.prepare(rows)
+        long = rows_too_long(rows, room_of_prompts(self), "held-out", long_rows)
+        return [row for i, row in enumerate(rows) if i not in long or self.encoder.truncate], len(long)
+
+    def complete(self, rows: Sequence[Row], first: int, ks: Sequence[int] = (), greedy: bool = False) -> Completions:
+        """Sample, or decode greedily, and judge; `first` is the place of the first of these rows among all."""
+        sampling = replace(self.sampling, temperature=0.0, group_size=1) if greedy else self.sampling
         index = list(range(first, first + len(rows)))
-        prompts = prompt_batch(rows, lambda prompt: encode_prompt(self.tokenizer, prompt), index)
+        prompts = prompt_batch(rows, lambda prompt: self.encoder.prompt(prompt, self.prompt_limit), index)
         rollout = sample_and_score(self.engine, self.tokenizer, self.judges, prompts, sampling, self.seed, self.stage)
         texts = decode(self.tokenizer, rollout)
-        return Completions(
-            prompts, rollout, texts, measures(rollout, self.judges, texts, sampling.group_size, ks), sampling.group_size
-        )
+        measured = measures(rollout, self.judges, texts, sampling.group_size, ks)
+        return Completions(prompts, rollout, texts, measured, sampling.group_size)
 
 
 class Figures:
@@ -144,16 +164,15 @@ class Figures:
 
 
 @torch.no_grad()
-def kl_to(reference: nn.Module, candidate: Candidate, rollout: ScoredRollout, sampling: SamplingConfig) -> Tensor:
+def kl_to(reference: nn.Module, candidate: Candidate, rollout: ScoredRollout) -> Tensor:
     """KL(policy, reference) of whole completions `[N]`: k3 of each sampled token, summed; nats.
 
     The mean over samples of the policy is an unbiased estimate, since k3 of a token is one of the KL of its step.
     """
-    temperature = sampling.temperature
-    now = rollout.behavior_logprobs
+    sampling, now = candidate.sampling, rollout.behavior_logprobs
     if sampling.truncates_distribution:
-        now = score(candidate.policy, rollout, temperature=temperature).logprobs
-    reference_logprobs = score(reference, rollout, temperature=temperature).logprobs
+        now = score(candidate.policy, rollout, temperature=sampling.temperature).logprobs
+    reference_logprobs = score(reference, rollout, temperature=sampling.temperature).logprobs
     return kl_estimate(now.double(), reference_logprobs.double(), "k3").sum(1)
 
 
@@ -188,7 +207,6 @@ def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
 def evaluate_rows(
     candidate: Candidate,
     rows: Sequence[Row],
-    sampling: SamplingConfig,
     *,
     ks: Sequence[int] = (1,),
     batch_size: int = 64,
@@ -203,8 +221,7 @@ def evaluate_rows(
     Args:
         candidate: the model.
         rows: with a `prompt` and the columns that the judges read.
-        sampling: how, `group_size` completions per prompt.
-        ks: of pass@k and maj@k, at most `group_size`.
+        ks: of pass@k and maj@k, at most the candidate's `group_size`.
         batch_size: prompts at a time.
         greedy: decode every prompt greedily, too.
         reference: a model to report the KL to.
@@ -213,22 +230,21 @@ def evaluate_rows(
         record: called with the dictionary of every completion.
     """
     figures = Figures()
-    once = replace(sampling, temperature=0.0, group_size=1)
     for first in range(0, len(rows), batch_size):
         some = rows[first : first + batch_size]
         if greedy:
-            done = candidate.complete(some, first, once, ())
+            done = candidate.complete(some, first, greedy=True)
             _add(figures, done, "greedy")
             _record(record, done, candidate, model="model", decoding="greedy")
-        sampled = candidate.complete(some, first, sampling, ks)
+        sampled = candidate.complete(some, first, ks)
         _add(figures, sampled, "sampled")
         _record(record, sampled, candidate, model="model", decoding="sampled")
         if reference is not None:
-            kl = kl_to(reference, candidate, sampled.rollout, sampling)
+            kl = kl_to(reference, candidate, sampled.rollout)
             figures.add("kl_per_sequence", kl, len(some))
             figures.add("kl_per_token", kl, len(some), sampled.rollout.lengths)
         if against is not None:
-            opponent = against.complete(some, first, sampling, ())
+            opponent = against.complete(some, first)
             _record(record, opponent, against, model="against", decoding="sampled")
             _compare(figures, candidate, sampled, against, opponent, judge)
     return figures.metrics()

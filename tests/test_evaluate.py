@@ -23,6 +23,7 @@ from tests.runs import QUIET, fork, new_process
 
 CARD = Path(lit_rlhf.__file__).parent / "assets" / "tiny_base" / "README.md"
 NAN = float("nan")
+FEW = SamplingConfig(max_new_tokens=6, group_size=2)
 
 
 def configured(*arguments):
@@ -103,11 +104,11 @@ def test_a_seed_decides_everything_and_the_batch_nothing(tmp_path):
 def test_rows_to_evaluate_on(tmp_path):
     whole = "data.held_out=3", "data.train_size=4", "samples=1", "greedy=false"
     counts = {
-        split: evaluate(configured(*whole, f"split={split}"), tmp_path)["data"]["prompts"]
+        split: evaluate(configured(*whole, f"rows={split}"), tmp_path)["data"]["prompts"]
         for split in ("held_out", "train")
     }
     assert counts == {"held_out": 3, "train": 4}
-    with pytest.raises(InputError, match="split=held_out of the data has no rows; give the other one"):
+    with pytest.raises(InputError, match="rows=held_out of the data are none; give the other"):
         evaluate(configured("data.held_out=0"), tmp_path)
 
 
@@ -116,32 +117,31 @@ def test_rows_to_evaluate_on(tmp_path):
 
 def toy(seed=0, **arguments):
     judges = arguments.pop("judges", Judges(RewardFunctions([sum_of_ids])))
-    return Candidate(tiny_model(seed=seed), NumberTokenizer(), judges, **arguments)
+    sampling = arguments.pop("sampling", FEW)
+    return Candidate(tiny_model(seed=seed), NumberTokenizer(), judges, sampling, **arguments)
 
 
-def test_the_kl_to_a_reference():
-    candidate, reference = toy(), tiny_model(seed=1)
-    for sampling in (SamplingConfig(max_new_tokens=5, group_size=2, temperature=0.7), SamplingConfig(5, top_k=4)):
-        done = candidate.complete(prompt_rows(3), 0, sampling, ())
-        assert kl_to(candidate.policy, candidate, done.rollout, sampling).abs().max() < 1e-5
-        found = kl_to(reference, candidate, done.rollout, sampling)
-        own, other = (plain_logprobs(m, done.rollout, sampling.temperature) for m in (candidate.policy, reference))
-        delta = (other - own).clamp(-20, 20)
-        k3 = torch.where(done.rollout.response_mask, delta.exp() - 1 - delta, 0)
-        torch.testing.assert_close(found, k3.sum(1), rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("sampling", [SamplingConfig(5, temperature=0.7, group_size=2), SamplingConfig(5, top_k=4)])
+def test_the_kl_to_a_reference(sampling):
+    candidate, reference = toy(sampling=sampling), tiny_model(seed=1)
+    rollout = candidate.complete(prompt_rows(3), 0).rollout
+    assert kl_to(candidate.policy, candidate, rollout).abs().max() < 1e-5
+    own, other = (plain_logprobs(m, rollout, sampling.temperature) for m in (candidate.policy, reference))
+    delta = (other - own).clamp(-20, 20)
+    k3 = torch.where(rollout.response_mask, delta.exp() - 1 - delta, 0)
+    torch.testing.assert_close(kl_to(reference, candidate, rollout), k3.sum(1), rtol=1e-3, atol=1e-3)
 
 
 def test_figures_of_reference_and_opponent():
-    candidate, sampling = toy(), SamplingConfig(max_new_tokens=4, group_size=3)
+    sampling = SamplingConfig(max_new_tokens=4, group_size=3)
     seen = []
     found = evaluate_rows(
-        candidate,
+        toy(sampling=sampling),
         prompt_rows(5),
-        sampling,
         ks=(),
         batch_size=2,
         reference=tiny_model(seed=1),
-        against=toy(2, stage=2),
+        against=toy(2, sampling=sampling, stage=2),
         record=seen.append,
     )
     own = [r for r in seen if r["model"] == "model" and r["decoding"] == "sampled"]
@@ -169,24 +169,24 @@ def test_a_judge_decides_who_wins():
     def first_sample_loses(completions, **kwargs):
         return [float(len(completions[i]) % 3) for i in range(len(completions))]
 
-    sampling = SamplingConfig(max_new_tokens=6, group_size=2)
     seen = []
     arguments = {"against": toy(3, stage=2), "greedy": False, "ks": (), "record": seen.append}
-    by_length = evaluate_rows(toy(), prompt_rows(4), sampling, judge=RewardFunctions([longest]), **arguments)
+    by_length = evaluate_rows(toy(), prompt_rows(4), judge=RewardFunctions([longest]), **arguments)
     lengths = {
         m: [[r["tokens"] for r in seen if r["model"] == m and r["prompt_index"] == i] for i in range(4)]
         for m in ("model", "against")
     }
     expected, _ = wins(*(torch.tensor(lengths[m]) for m in ("model", "against")))
     assert by_length["win_rate"]["value"] == pytest.approx(float(expected.mean()))
-    other = evaluate_rows(toy(), prompt_rows(4), sampling, judge=RewardFunctions([first_sample_loses]), **arguments)
+    other = evaluate_rows(toy(), prompt_rows(4), judge=RewardFunctions([first_sample_loses]), **arguments)
     assert other["win_rate"] != by_length["win_rate"]
 
 
 def test_a_model_against_itself_is_even():
     """The opponent draws other numbers: equal models tie no more often than chance has it."""
     sampling = SamplingConfig(max_new_tokens=6, group_size=8)
-    found = evaluate_rows(toy(), prompt_rows(30), sampling, ks=(), against=toy(stage=2), greedy=False)
+    even = evaluate_rows(toy(sampling=sampling), prompt_rows(30), ks=(), against=toy(sampling=sampling, stage=2))
+    found = {name: even[name] for name in ("win_rate", "tie_rate")}
     assert found["win_rate"]["low"] < 0.5 < found["win_rate"]["high"]
     assert found["win_rate"]["high"] - found["win_rate"]["low"] < 0.2
     assert found["tie_rate"]["value"] < 0.4
@@ -211,6 +211,16 @@ def test_what_applies_to_some_rows_counts_only_there():
     assert found["reward"] == {"value": 3.0, "low": None, "high": None, "prompts": 1, "samples": 1}
 
 
+def test_prompts_that_the_model_cannot_read():
+    rows = [*prompt_rows(3), {"prompt": "5 " * 200}]
+    with pytest.raises(InputError, match=r"1 of 4 held-out prompts do not fit the model.*data.long_rows=drop"):
+        toy().fitting(rows)
+    assert toy().fitting(rows, "drop") == (rows[:3], 1)
+    candidate = toy()
+    assert candidate.fitting(rows, "truncate") == (rows, 1)
+    assert candidate.complete(rows, 0).rollout.prompt_ids.shape[1] == 128 - 6
+
+
 @verifier
 def nobody_knows(completions, **kwargs):
     return [None] * len(completions)
@@ -218,8 +228,8 @@ def nobody_knows(completions, **kwargs):
 
 def test_records_hold_what_json_can():
     seen = []
-    evaluate_rows(toy(judges=Judges(None, [nobody_knows])), prompt_rows(2), SamplingConfig(3), record=seen.append)
-    assert [line["reward"] for line in seen] == [None] * 4
+    evaluate_rows(toy(judges=Judges(None, [nobody_knows])), prompt_rows(2), record=seen.append)
+    assert [line["reward"] for line in seen] == [None] * (2 + 4)
     assert all(line["correct"] is None for line in seen)
     json.dumps(seen, allow_nan=False)
 
@@ -289,7 +299,7 @@ def test_the_command_prints_a_table_and_the_folder(tmp_path):
         ("ks=[0]", "ks must be from 1 to samples=8, got 0"),
         ("ks=[1.5]", "ks must be from 1 to samples=8, got 1.5"),
         ("ks=3", "'ks' must be list or null, got 3"),
-        ("split=test", "split must be one of held_out, train, got 'test'"),
+        ("rows=test", "rows must be one of held_out, train, got 'test'"),
         ("greedy=1", "'greedy' must be bool, got 1"),
         ("seed=-1", "seed must be from 0 to 4294967295, got -1"),
     ],
