@@ -162,6 +162,17 @@ def test_figures_of_reference_and_opponent():
     assert found["kl_per_token"]["value"] * tokens == pytest.approx(found["kl_per_sequence"]["value"] * 15)
 
 
+def test_a_second_model_and_a_reference_on_the_command_line(tmp_path):
+    found = values(evaluate(configured("limit=6", "samples=4", "against.path=tiny", "reference.path=tiny"), tmp_path))
+    assert found["kl_per_sequence"] == pytest.approx(0, abs=1e-5)
+    texts = {
+        m: [r["completion"] for r in lines_of(tmp_path) if (r["model"], r["decoding"]) == (m, "sampled")]
+        for m in ("model", "against")
+    }
+    assert texts["model"] != texts["against"], "the opponent draws numbers of its own"
+    assert {"win_rate", "tie_rate", "score_difference"} <= found.keys()
+
+
 def test_a_judge_decides_who_wins():
     def longest(completion_ids, **kwargs):
         return [float(len(ids)) for ids in completion_ids]
@@ -235,8 +246,10 @@ def test_records_hold_what_json_can():
 
 
 def test_a_checkpoint_of_a_run(tmp_path):
-    run = fork("debug=tiny", "algo.lr=1e-2", "model=tiny", f"hydra.run.dir={tmp_path / 'run'}", *QUIET, cwd=tmp_path)
+    best = "callbacks=best", "trainer.check_val_every_n_epoch=1"
+    run = fork("debug=tiny", "algo.lr=1e-2", *best, f"hydra.run.dir={tmp_path / 'run'}", *QUIET, cwd=tmp_path)
     assert run.code == 0, run.err
+    assert {file.name for file in (tmp_path / "run" / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     small = "limit=8", "samples=2"
     found = {
         name: values(evaluate(configured(*small, *arguments), tmp_path))

@@ -135,9 +135,9 @@ def test_where_there_is_nothing_to_tell_from():
     assert mean_interval([2.0]).value == 2
     assert math.isnan(mean_interval([2.0]).low)
     assert rate_interval([3.0], [4]) == pytest.approx((0.75, *rate_interval([0.75])[1:]))  # one prompt is one sample
-    for alike in (0.3, 0.5, 0.75, 1.0):  # by chance, and but for rounding
-        found = rate_interval([4 * alike] * 20, [4] * 20)
-        assert found == pytest.approx(rate_interval([1.0] * round(20 * alike) + [0.0] * round(20 * (1 - alike))))
+    for right in (6, 9, 30):  # by chance all prompts are alike, of 9/30 but for rounding
+        found = rate_interval([3 * (right / 30)] * 30, [3] * 30)
+        assert found == pytest.approx(rate_interval([1.0] * right + [0.0] * (30 - right)))
 
 
 @pytest.mark.parametrize(("prompts", "samples", "spread"), [(60, 1, 1.0), (60, 8, 0.5), (60, 8, 4.0), (200, 4, 0.2)])
