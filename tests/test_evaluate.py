@@ -245,6 +245,7 @@ def test_records_hold_what_json_can():
     json.dumps(seen, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_run(tmp_path):
     best = "callbacks=best", "trainer.check_val_every_n_epoch=1"
     run = fork("debug=tiny", "algo.lr=1e-2", *best, f"hydra.run.dir={tmp_path / 'run'}", *QUIET, cwd=tmp_path)
@@ -277,6 +278,7 @@ def test_a_checkpoint_of_a_run(tmp_path):
 # the command line
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_the_folder(tmp_path):
     ended = new_process("limit=4", "samples=2", "hydra.run.dir=out", cwd=tmp_path, command=("-m", "lit_rlhf.evaluate"))
     assert ended.code == 0, ended.err
