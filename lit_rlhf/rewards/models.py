@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.models.loading import (
     check_one_label,
-    disable_dropout,
     floating_dtype,
     from_pretrained,
     load_reward_model,
@@ -56,7 +55,7 @@ class RewardModel:
         check_number("reward model: batch_size", batch_size, at_least=1)
         if isinstance(model, nn.Module):
             check_one_label(getattr(model, "config", None), type(model).__name__)
-            self.model: Any = disable_dropout(model)
+            self.model: Any = model
             if dtype is not None:
                 self.model = self.model.to(floating_dtype("reward model: dtype", dtype))
         else:

@@ -145,8 +145,10 @@ def test_a_limit_within_a_limit_leaves_the_outer_one_at_work():
 
     with pytest.raises(TimedOut):
         within(4 * BRIEF, outer)
+    slept = []
     with pytest.raises(TimedOut):  # the outer one is the shorter
-        within(BRIEF, lambda: within(FOREVER, a_sleep))
+        within(BRIEF, lambda: within(FOREVER, lambda: slept.append(time.sleep(3))))
+    assert not slept
 
 
 def test_a_function_may_use_the_alarm_itself(alarm):
