@@ -59,7 +59,7 @@ def test_the_settings_of_the_built_in_task_are_for_that_task_and_model_only(tmp_
 
     assert presets() == [
         "model=tiny_scratch",
-        "preset=arithmetic_tiny_reward_modeling",
+        "preset=arithmetic_pipeline_reward_modeling",
         "preset=arithmetic_pipeline_ppo",
     ]
     for arguments in (["data.path=x.jsonl"], ["data=file"], ["model.path=org/base"], ["model=pretrained"]):

@@ -38,7 +38,8 @@ class RewardModel:
         trust_remote_code: run the Python files of the model's repository. Off unless you ask.
 
     Attributes:
-        __name__: what its rewards are logged as: the last part of the path, or `"reward_model"`.
+        __name__: what its rewards are logged as: the last part of the path, of a run's `model/` that before it, or
+            `"reward_model"`.
 
     Raises:
         InputError: the model cannot be loaded or has not exactly one label, or there is no tokenizer for it.
@@ -61,7 +62,8 @@ class RewardModel:
         else:
             self.model = load_reward_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
         self.path = str(getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else model)
-        self.__name__ = Path(self.path).name or "reward_model"
+        named = [part for part in Path(self.path).parts if part != "model"]  # a run's folder says more than its model/
+        self.__name__ = named[-1] if named else "reward_model"
         self.tokenizer = with_own_pad_token(self._tokenizer_of(tokenizer, trust_remote_code))
         sep = getattr(self.tokenizer, "sep_token_id", None)  # what a text ends with for encoders
         self._end = sep if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
