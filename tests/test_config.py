@@ -205,6 +205,8 @@ def test_every_yaml_composes_and_its_keys_exist(group, name):
     if (group, name) in {("data", "file"), ("model", "pretrained")}:
         config = config_of(f"{group}.path=somewhere")
         assert config[group].path == "somewhere"
+    elif (group, name) == ("data", "reasoning_gym"):
+        config = config_of("data=reasoning_gym", "data.task=chain_sum")
     elif group == "preset":
         algorithm = next(algo for algo in sorted(ALGORITHMS, key=len, reverse=True) if name.endswith(f"_{algo}"))
         config = config_of(f"algo={algorithm}", f"preset={name}")
@@ -361,8 +363,8 @@ def test_values_arrive_as_they_were_given():
         ("experiment=signl/grop", "unknown choice experiment=signl/grop; did you mean 'signal/grpo'?"),
         ("debug=steps/tiny_sft", "unknown choice debug=steps/tiny_sft; known: tiny"),
         ("algo=grpo,dapo", "algo=grpo,dapo are several runs; add -m to start one after the other"),
-        ("data=", "unknown choice data=; known: arithmetic, file"),
-        ("data=null", "unknown choice data=null; known: arithmetic, file"),
+        ("data=", "unknown choice data=; known: arithmetic, file, reasoning_gym"),
+        ("data=null", "unknown choice data=null; known: arithmetic, file, reasoning_gym"),
         ("algo=null", "unknown choice algo=null; known: " + ", ".join(ALGORITHMS)),
         ("trainer=null", "unknown choice trainer=null; known: default"),
         ("trainr.max_epochs=3", "unknown key 'trainr.max_epochs'; did you mean 'trainer'?"),
