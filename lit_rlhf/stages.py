@@ -113,25 +113,26 @@ def plan(
     for name in STAGES:
         _check_choice(name, chosen[name], of_stage[name])
         for argument in (*shared, *of_stage[name]):
-            if (instead := _INSTEAD.get(argument.lstrip("+").partition("=")[0])) is not None:
+            if (instead := _INSTEAD.get(_key(argument))) is not None:
                 raise InputError(f"{argument} is not for a pipeline; write {instead}")
+    tiny = all(_is_tiny(argument) for argument in (*shared, *(a for own in of_stage.values() for a in own)))
     made: dict[str, Path | None] = {}
     stages: list[Stage] = []
     for name in STAGES:
-        choice = chosen[name]
+        choice, own = chosen[name], of_stage[name]
         if name == REWARD_MODEL and chosen[POLICY] in _choices() and not _samples(chosen[POLICY]):
             choice = None
-            if of_stage[name]:
+            if own:
                 raise InputError(
-                    f"{name}.{of_stage[name][0]} would have no effect: {chosen[POLICY]} learns without a reward model"
+                    f"{name}.{own[0]} would have no effect: {chosen[POLICY]} learns without a reward model"
                 )
         if choice is None or choice not in _choices():
             made[name] = None if choice is None else Path(choice).expanduser().resolve()
             continue
-        given = [*shared, *of_stage[name]]
-        taken = _reward(made, choice, given) if name == POLICY else []
-        arguments = (f"algo={choice}", *_start(made.get(SFT), choice, given), *taken, *_kept(made.get(SFT), given))
-        stages.append(Stage(name, choice, arguments, folder / name))
+        start, kept = _start(made.get(SFT), choice, shared, own)
+        taken = _reward(made, choice, kept) if name == POLICY else []
+        settings = _settings(choice, kept) if tiny else []
+        stages.append(Stage(name, choice, (f"algo={choice}", *start, *settings, *taken, *kept), folder / name))
         made[name] = stages[-1].model
     if not stages:
         raise InputError(
@@ -140,21 +141,42 @@ def plan(
     return stages
 
 
-def _start(policy: Path | None, algorithm: str, given: Sequence[str]) -> list[str]:
-    """The model that a stage starts from, and what the built-in task wants changed for it."""
-    keys = {argument.partition("=")[0]: argument.partition("=")[2] for argument in given}
-    built_in = keys.get("data", _BUILT_IN) == _BUILT_IN and "data.path" not in keys
-    own_model = not keys.get("model", "tiny").startswith("tiny") or "model.path" in keys
-    if policy is None:
-        return ["model=tiny_scratch"] if built_in and algorithm == "sft" and not {*_MODEL_KEYS} & keys.keys() else []
-    preset = next((p for p in (f"{_BUILT_IN}_{s}_{algorithm}" for s in ("pipeline", "tiny")) if _is_preset(p)), None)
-    fits = built_in and not own_model and preset is not None and not {"preset", "experiment"} & keys.keys()
-    return [f"model.path={policy}", *([f"preset={preset}"] if fits else [])]
+def _start(
+    policy: Path | None, algorithm: str, shared: Sequence[str], own: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """What names the model that a stage starts from, and the rest of its arguments.
+
+    It is the stage's own, or what SFT made, or the one given to all stages; the built-in task is learnt from scratch.
+    """
+    if any(_key(argument) in _MODEL_KEYS for argument in own):
+        return [], [*(a for a in shared if _key(a) not in _MODEL_KEYS), *own]
+    if policy is not None:
+        return [f"model.path={policy}"], [*(a for a in shared if _key(a) not in _MODEL_KEYS), *own]
+    given = [*shared, *own]
+    scratch = algorithm == "sft" and _is_built_in(given) and not any(_key(a) in _MODEL_KEYS for a in given)
+    return ["model=tiny_scratch"] if scratch else [], given
 
 
-def _kept(policy: Path | None, given: Sequence[str]) -> list[str]:
-    """The arguments given, without those that name the model of the first stage."""
-    return [a for a in given if policy is None or a.partition("=")[0] not in _MODEL_KEYS]
+def _settings(algorithm: str, kept: Sequence[str]) -> list[str]:
+    """What the built-in task wants changed for a model of its own, whichever stage made it."""
+    names = (f"{_BUILT_IN}_{model}_{algorithm}" for model in ("pipeline", "tiny"))
+    preset = next((name for name in names if (conf_dir() / "preset" / f"{name}.yaml").is_file()), None)
+    asked = any(_key(argument) in ("preset", "experiment") for argument in kept)
+    return [f"preset={preset}"] if preset is not None and not asked and _is_built_in(kept) else []
+
+
+def _key(argument: str) -> str:
+    return argument.lstrip("+").partition("=")[0]
+
+
+def _is_built_in(arguments: Sequence[str]) -> bool:
+    """Whether these arguments leave the built-in task."""
+    return not any(_key(a) == "data.path" or (_key(a) == "data" and a != f"data={_BUILT_IN}") for a in arguments)
+
+
+def _is_tiny(argument: str) -> bool:
+    """Whether this argument leaves a model of the built-in task."""
+    return _key(argument) != "model.path" and (_key(argument) != "model" or argument.startswith("model=tiny"))
 
 
 def _reward(made: Mapping[str, Path | None], algorithm: str, given: Sequence[str]) -> list[str]:
@@ -193,7 +215,3 @@ def _samples(algorithm: str) -> bool:
     node = yaml.safe_load((conf_dir() / "algo" / f"{algorithm}.yaml").read_text())
     signature = signature_of(node["_target_"])
     return signature is not None and "group_size" in signature.parameters
-
-
-def _is_preset(name: str) -> bool:
-    return (conf_dir() / "preset" / f"{name}.yaml").is_file()

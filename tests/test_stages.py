@@ -64,7 +64,16 @@ def test_the_settings_of_the_built_in_task_are_for_that_task_and_model_only(tmp_
     ]
     for arguments in (["data.path=x.jsonl"], ["data=file"], ["model.path=org/base"], ["model=pretrained"]):
         assert presets(*arguments) == []
+    without = planned(tmp_path, sft=None)["policy"].arguments
+    assert without[:2] == ("algo=ppo", "preset=arithmetic_pipeline_ppo")
     assert presets("preset=mine") == ["model=tiny_scratch", "preset=mine", "preset=mine", "preset=mine"]
+
+
+def test_a_stage_may_start_from_a_model_of_its_own(tmp_path):
+    stages = planned(tmp_path, "model.path=org/base", "reward_model.model.path=org/judge")
+    named = {name: [a for a in s.arguments if a.startswith("model.path")] for name, s in stages.items()}
+    assert named["reward_model"] == ["model.path=org/judge"]
+    assert (named["sft"], named["policy"]) == (["model.path=org/base"], [f"model.path={tmp_path}/sft/model"])
 
 
 def test_without_sft_the_model_given_is_where_all_stages_start(tmp_path):
