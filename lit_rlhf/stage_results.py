@@ -90,11 +90,13 @@ def draw(stages: Sequence[Stage], target: Path) -> None:
             lines += right.plot(*zip(*reward, strict=True), color=_REWARD_COLOR, ls="--", marker="o", ms=3, label=label)
             right.spines["top"].set_visible(False)
             right.tick_params(axis="y", colors=_REWARD_COLOR)
-        axis.set(title=f"{number}. {stage.name}: {stage.algorithm}", xlabel="optimiser steps", ylim=(-0.02, 1.02))
+        title = stage.name if stage.name == stage.algorithm else f"{stage.name}: {stage.algorithm}"
+        axis.set_title(f"{number}. {title}", fontsize=10)
+        axis.set(xlabel="optimiser steps", ylim=(-0.02, 1.02))
         axis.spines["top"].set_visible(False)
         axis.grid(alpha=0.25)
         if lines:
-            axis.legend(handles=lines, fontsize=7, frameon=False)
+            axis.legend(handles=lines, fontsize=7, frameon=False, loc="lower right")
     axes.flat[0].set_ylabel("on held-out data")
     figure.tight_layout()
     figure.savefig(target)
