@@ -102,13 +102,14 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special:
         return [row.ids for chunk in encoded for row in chunk]
 
 
-def with_own_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, or a copy that pads with another token than EOS where it does not, or with none."""
-    eos = tokenizer.eos_token_id
-    if tokenizer.pad_token_id not in (None, eos):
+def with_own_pad_token(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy that pads with another token than EOS and `ends` where it does not, or with none."""
+    ends = [tokenizer.eos_token_id, *ends]
+    if tokenizer.pad_token_id not in (None, *ends):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    others = [i for i in tokenizer.all_special_ids if i != eos] or [i for i in range(len(tokenizer)) if i != eos]
+    special, every = ([i for i in ids if i not in ends] for ids in (tokenizer.all_special_ids, range(len(tokenizer))))
+    others = special or every
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[0])
     return tokenizer
 

@@ -65,7 +65,7 @@ class RewardModeling(PreferenceModule):
         std = 1 / math.sqrt(model.config.get_text_config(decoder=True).hidden_size + 1)
         super().__init__(lr=lr, value="shared", value_std=std, **preference)
         # sequence-classification models find the last token by its not being padding: EOS must not look like it
-        self.tokenizer = with_own_pad_token(self.tokenizer)
+        self.tokenizer = with_own_pad_token(self.tokenizer, self.encoder.eos_token_ids)
         self.margin, self.temperature, self.center_coef = margin, temperature, center_coef
         trunk = {id(weight) for weight in model.base_model.parameters()}
         for weight in model.parameters():
@@ -103,6 +103,7 @@ class RewardModeling(PreferenceModule):
         policy = merged(policy) if is_adapted(policy) else policy
         config = type(policy.config).from_dict(policy.config.to_dict())
         config.num_labels, config.pad_token_id = 1, self.tokenizer.pad_token_id
+        config.eos_token_id = self.encoder.eos_token_ids  # what ends a completion: `RewardModel` reads it
         model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
         model.base_model.load_state_dict(policy.base_model.state_dict())
         with torch.no_grad():

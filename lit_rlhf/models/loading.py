@@ -189,9 +189,13 @@ def disable_dropout(model: nn.Module) -> nn.Module:
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end a completion: the tokenizer's EOS first, then those that the model's generation settings declare."""
-    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    every = [tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])]
-    return list(dict.fromkeys(every))
+    return with_declared(tokenizer.eos_token_id, getattr(model, "generation_config", None))
+
+
+def with_declared(end: int | None, config: Any) -> list[Any]:
+    """The end, then those that `config.eos_token_id` declares, which is one id, several or none."""
+    declared = getattr(config, "eos_token_id", None)
+    return list(dict.fromkeys([end, *([declared] if isinstance(declared, int) else declared or [])]))
 
 
 def max_positions(model: nn.Module) -> int | None:

@@ -17,6 +17,7 @@ from lit_rlhf.models.loading import (
     from_pretrained,
     load_reward_model,
     max_positions,
+    with_declared,
 )
 from lit_rlhf.text import encode_completions, encode_prompts, with_own_pad_token
 from lit_rlhf.types import pad_right
@@ -27,8 +28,10 @@ class RewardModel:
 
     The model reads what `RewardModeling` trains on: the ids of the prompt and those of the completion are joined, with
     its own tokenizer and, where prompts are chat messages, its own chat template. It is always in eval mode and without
-    gradients, outside of the trainer's autocast, and belongs to no checkpoint. Its padding token is never EOS, which
-    the reward is read at.
+    gradients, outside of the trainer's autocast, and belongs to no checkpoint. A completion ends with the tokenizer's
+    EOS or with what `config.eos_token_id` declares, one id or several, and EOS is added where none of them stands: a
+    template that closes turns with yet another token wants it declared. The padding token is none of them, since the
+    reward is read at the end. A model object of yours is changed: frozen, in eval mode, `config.pad_token_id` set.
 
     Args:
         model: a sequence-classification model of Transformers with `num_labels=1`, its folder or its Hub name.
@@ -64,9 +67,11 @@ class RewardModel:
         self.path = str(getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else model)
         named = [part for part in Path(self.path).parts if part != "model"]  # a run's folder says more than its model/
         self.__name__ = named[-1] if named else "reward_model"
-        self.tokenizer = with_own_pad_token(self._tokenizer_of(tokenizer, trust_remote_code))
-        sep = getattr(self.tokenizer, "sep_token_id", None)  # what a text ends with for encoders
-        self._end = sep if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        own = self._tokenizer_of(tokenizer, trust_remote_code)
+        sep = getattr(own, "sep_token_id", None)  # what a text ends with for encoders
+        ends = with_declared(sep if own.eos_token_id is None else own.eos_token_id, self.model.config.get_text_config())
+        self._ends = [end for end in ends if end is not None] or None
+        self.tokenizer = with_own_pad_token(own, self._ends or ())
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.requires_grad_(False).eval()
         self.batch_size = batch_size
@@ -113,7 +118,7 @@ class RewardModel:
             InputError: they are longer than the model's context, or chat messages without a chat template.
         """
         starts = encode_prompts(self.tokenizer, prompts)
-        ends = encode_completions(self.tokenizer, completions, self._end, prompts)
+        ends = encode_completions(self.tokenizer, completions, self._ends, prompts)
         rows = [start + end for start, end in zip(starts, ends, strict=True)]
         longest, limit = max(map(len, rows), default=0), max_positions(self.model)
         if limit is not None and longest > limit:

@@ -193,21 +193,24 @@ def test_arguments_without_a_meaning_are_refused(trained, arguments, sentence):
 def test_rows_longer_than_the_context_are_refused(tmp_path):
     judge = RewardFunctions(str(save(tmp_path, num_labels=1, max_position_embeddings=8)))
     judge(["1+2="], ["333"], [[1]], {})
-    with pytest.raises(
-        InputError, match=r"^reward model model reads at most 8 tokens, and a prompt with its comp.* 9;"
-    ):
+    with pytest.raises(InputError, match=r"^reward model \S+ reads at most 8 tokens, and a prompt with its comp.* 9;"):
         judge(["1+2="], ["3333"], [[1]], {})
 
 
 # chat messages
 
 
-@pytest.fixture(scope="module")
-def of_chats(tmp_path_factory):
+@pytest.fixture(scope="module", params=["one end", "two ends", "two ends, one of them the padding"])
+def of_chats(request, tmp_path_factory):
     """A reward model of conversations, and the folder it left."""
     folder = tmp_path_factory.mktemp("chat") / "judge"
-    tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
+    tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>" if request.param == "one end" else "<|endoftext|>")
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=256)
+    if request.param != "one end":
+        ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+        model.generation_config.eos_token_id = ends
+    if "padding" in request.param:
+        tokenizer.pad_token = "<|im_end|>"
     rows = [{"prompt": user(p), "chosen": assistant(c), "rejected": assistant("?")} for p, c in CHATS if c]
     module = RewardModeling(policy=model, tokenizer=tokenizer, lr=1e-2, batch_size=2)
     trainer(max_steps=2, callbacks=[HFExport(folder)]).fit(module, datamodule=RowsDataModule(rows))
