@@ -251,8 +251,12 @@ def evaluate_rows(
 
 
 def _add(figures: Figures, done: Completions, how: str) -> None:
+    B, G = len(done.prompts), done.group_size
     for name, values in done.measured.items():
-        figures.add(name if "_at_" in name else f"{name}_{how}", values, len(done.prompts))
+        if name == "accuracy":  # as validation has it: a prompt of which some completions are not judged weighs as much
+            values = values.view(B, G).nanmean(1)
+        counts = None if len(values) == B * G else torch.full((B,), G)  # figures of prompts are of G completions
+        figures.add(name if "_at_" in name else f"{name}_{how}", values if counts is None else values * G, B, counts)
 
 
 def _compare(

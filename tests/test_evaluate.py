@@ -10,15 +10,17 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import lit_rlhf
+from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.cli import primary
 from lit_rlhf.config import conf_dir, prepare_arguments
+from lit_rlhf.data.modules import RowsDataModule
 from lit_rlhf.errors import InputError
 from lit_rlhf.evaluate import check_evaluation, evaluate, main
 from lit_rlhf.evaluation import Candidate, Figures, evaluate_rows, kl_to, wins
 from lit_rlhf.functional import mean_interval, rate_interval
 from lit_rlhf.rewards import Judges, RewardFunctions, verifier
 from lit_rlhf.types import SamplingConfig
-from tests.helpers import NumberTokenizer, plain_logprobs, prompt_rows, sum_of_ids, tiny_model
+from tests.helpers import NumberTokenizer, build, plain_logprobs, prompt_rows, sum_of_ids, tiny_model, trainer
 from tests.runs import QUIET, fork, new_process
 
 CARD = Path(lit_rlhf.__file__).parent / "assets" / "tiny_base" / "README.md"
@@ -220,6 +222,28 @@ def test_what_applies_to_some_rows_counts_only_there():
     assert found.keys() == {"accuracy_sampled", "reward"}
     assert found["accuracy_sampled"] | {"value": 2 / 3, "prompts": 2, "samples": 3} == found["accuracy_sampled"]
     assert found["reward"] == {"value": 3.0, "low": None, "high": None, "prompts": 1, "samples": 1}
+
+
+@verifier
+def judges_some(completion_ids, **kwargs):
+    return [None if ids[0] % 3 == 0 else float(ids[0] % 3 == 1) for ids in completion_ids]
+
+
+def test_accuracy_is_that_of_validation_where_a_verifier_judges_some_completions_only():
+    sampling, seen = SamplingConfig(max_new_tokens=4, group_size=4), []
+    module = build(GRPO, tiny_model(), sampling=sampling, reward_funcs=[judges_some], validation_samples=4, seed=0)
+    fitter = trainer(limit_val_batches=1.0)
+    fitter.validate(module, datamodule=RowsDataModule([], prompt_rows(6)), verbose=False)
+    candidate = toy(judges=Judges(RewardFunctions([judges_some])), sampling=sampling)
+    found = evaluate_rows(candidate, prompt_rows(6), ks=[1], record=seen.append)
+    verdicts = [[r["correct"] for r in seen if r["prompt_index"] == i and r["decoding"] == "sampled"] for i in range(6)]
+    shares = [[x for x in of_prompt if x is not None] for of_prompt in verdicts]
+    assert len({len(share) for share in shares if share}) > 1
+    accuracy = found["accuracy_sampled"]
+    assert accuracy["value"] == pytest.approx(sum(sum(s) / len(s) for s in shares if s) / sum(map(bool, shares)))
+    assert accuracy["value"] == pytest.approx(float(fitter.callback_metrics["val/accuracy_sampled"]), abs=1e-6)
+    half = float(fitter.callback_metrics["val/accuracy_sampled_ci"])
+    assert (accuracy["high"] - accuracy["low"]) / 2 == pytest.approx(half, abs=1e-6)
 
 
 def test_prompts_that_the_model_cannot_read():

@@ -123,7 +123,7 @@ class RLHFModule(LightningModule):
         self.validated_at = -1  # global step
         self.stats = MaskedStats(self.stats_spec)
         self._before_step: dict[str, Any] | None = None  # the metrics at the beginning of the optimiser step
-        self.validation_stats = MaskedStats(VALIDATION_STATS)
+        self.validation_stats = MaskedStats(VALIDATION_STATS, samples=self.validation_samples)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

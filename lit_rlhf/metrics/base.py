@@ -75,11 +75,16 @@ def effective_share(moments: Moments) -> Tensor:
     return torch.where(squares > 0, total.square() / torch.where(squares > 0, count * squares, 1.0), 0.0)
 
 
-def half_width(moments: Moments) -> Tensor:
-    """Half of the 95 % interval of rates, one of each prompt, `[K]`; see `functional.rate_interval`."""
+def half_width(moments: Moments, samples: int = 1) -> Tensor:
+    """Half of the 95 % interval of rates, `[K]`; see `functional.rate_interval`.
+
+    Args:
+        moments: of one rate per prompt.
+        samples: how many completions each rate is of.
+    """
     count, _, _ = moments.sums
     variance = std(moments).square() * (count - 1) / count**2
-    low, high = wilson(mean(moments), variance, count)
+    low, high = wilson(mean(moments), variance, count, count * samples)
     return (high - low) / 2
 
 

@@ -27,7 +27,6 @@ _STATISTICS = {
     "max": maximum,
     "min": minimum,
     "ess": effective_share,
-    "ci": half_width,
 }
 _BARE = ("value", "ess")  # logged under the name itself
 
@@ -41,7 +40,8 @@ class MaskedStats(MomentsMetric):
         names: the quantities. A list logs the mean of each under its own name; a mapping says what to log of each:
             "value" is the mean under the bare name, "mean", "std", "max" and "min" go under `name_mean` and so on;
             "ess", under the bare name, is the effective share (Σw)² / (n·Σw²) of a sample with these weights, and
-            "ci" half of the 95 % interval of rates.
+            "ci" half of the 95 % interval of rates, one of each prompt.
+        samples: how many completions such a rate is of.
         **kwargs: of `torchmetrics.Metric`.
 
     >>> stats = MaskedStats({"ratio": ("mean", "max"), "entropy": ("value",)})
@@ -51,13 +51,16 @@ class MaskedStats(MomentsMetric):
     {'ratio_mean': 2.0, 'ratio_max': 3.0, 'entropy': 0.5}
     """
 
-    def __init__(self, names: Iterable[str] | Mapping[str, Iterable[str]], **kwargs: Any) -> None:
+    def __init__(self, names: Iterable[str] | Mapping[str, Iterable[str]], *, samples: int = 1, **kwargs: Any) -> None:
         wanted = names if isinstance(names, Mapping) else dict.fromkeys(names, ("value",))
         self.wanted = {name: tuple(statistics) for name, statistics in wanted.items()}
-        unknown = {s for statistics in self.wanted.values() for s in statistics} - _STATISTICS.keys()
+        unknown = {s for statistics in self.wanted.values() for s in statistics} - {*_STATISTICS, "ci"}
         if unknown:
-            raise ValueError(f"statistics must be among {', '.join(_STATISTICS)}, got {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"statistics must be among {', '.join((*_STATISTICS, 'ci'))}, got {', '.join(sorted(unknown))}"
+            )
         super().__init__(len(self.wanted), **kwargs)
+        self.samples = samples
         self._column_of = {name: column for column, name in enumerate(self.wanted)}
 
     def extend(self, names: Iterable[str], statistics: Sequence[str] = ()) -> None:
@@ -107,6 +110,7 @@ class MaskedStats(MomentsMetric):
         """Every wanted statistic by its logged name; names that nothing was counted of are left out."""
         moments, counted = self.moments, self.moments.sums[0].tolist()
         by_statistic = {statistic: of(moments) for statistic, of in _STATISTICS.items()}
+        by_statistic["ci"] = half_width(moments, self.samples)
         return {
             name if statistic in _BARE else f"{name}_{statistic}": by_statistic[statistic][k]
             for k, (name, statistics) in enumerate(self.wanted.items())

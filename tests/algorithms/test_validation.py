@@ -59,7 +59,8 @@ def test_a_run_on_another_reward_still_reports_how_often_it_is_right():
     assert 0 < right.mean() < 1
     assert found["val/accuracy_sampled"] == pytest.approx(float(right.mean()))
     assert found["val/rewards/even_sampled"] == pytest.approx(float(verdicts.nanmean()))
-    assert found["val/accuracy_sampled_ci"] == pytest.approx(rate_interval(right.tolist()).half_width, abs=1e-6)
+    interval = rate_interval((3 * right).tolist(), [3] * len(right))
+    assert found["val/accuracy_sampled_ci"] == pytest.approx(interval.half_width, abs=1e-6)
     whole = verdicts.view(6, 3)[~verdicts.view(6, 3).isnan().any(1)]
     assert found["val/pass_at_3"] == pytest.approx(float((whole.sum(1) > 0).double().mean()))
     assert found["val/response_length_sampled"] == pytest.approx(float(rollout.lengths.double().mean()))
@@ -162,14 +163,16 @@ def test_two_ranks_validate_what_one_does_with_fewer_rows_than_ranks_too(name, r
 # intervals
 
 
-@pytest.mark.parametrize("rates", [[0.0, 0.5, 1.0, 0.25], [1.0] * 5, [0.0], [1.0, 0.0]])
-def test_the_logged_half_width_is_the_intervals(rates):
-    stats = MaskedStats({"rate": ("value", "ci")})
+@pytest.mark.parametrize("samples", [1, 8])
+@pytest.mark.parametrize("rates", [[0.0, 0.5, 1.0, 0.25], [0.5, 0.5, 0.625], [1.0] * 5, [0.0], [1.0, 0.0]])
+def test_the_logged_half_width_is_the_intervals(rates, samples):
+    stats = MaskedStats({"rate": ("value", "ci")}, samples=samples)
     for rate in rates:
         stats.update({"rate": (torch.tensor([rate, math.nan]), torch.tensor([True, False]))})
     found = stats.compute()
     assert float(found["rate"]) == pytest.approx(sum(rates) / len(rates))
-    assert float(found["rate_ci"]) == pytest.approx(rate_interval(rates).half_width, abs=1e-12)
+    interval = rate_interval([samples * rate for rate in rates], [samples] * len(rates))
+    assert float(found["rate_ci"]) == pytest.approx(interval.half_width, abs=1e-12)
 
 
 # the best checkpoint
