@@ -38,7 +38,7 @@ def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[D
         sys.argv[1:] = prepare_arguments(sys.argv[1:], primary(name))
         check_grammar(sys.argv[1:])
     except InputError as error:
-        _fail(str(error))
+        fail(str(error))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin are ten times slower on a busy core
 
@@ -51,7 +51,7 @@ def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[D
             sentence = _input_error(error)
             if sentence is None:
                 raise
-            _fail(sentence)
+            fail(sentence)
 
     try:
         hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(task)()
@@ -88,6 +88,11 @@ def start(cfg: DictConfig) -> None:
 def build_tokenizer(node: DictConfig | str | None) -> Any:
     """The tokenizer that `tokenizer=` asks for: a name or path, None, or what a node with a `_target_` builds."""
     return node if isinstance(node, str) else instantiate(node)
+
+
+def sweeps(argument: str) -> bool:
+    """Whether an argument gives its key several values, one for each run."""
+    return bool(OverridesParser.create().parse_override(argument).is_sweep_override())
 
 
 def check_grammar(arguments: Sequence[str]) -> None:
@@ -139,6 +144,7 @@ def _input_error(error: BaseException | None) -> str | None:
     return None
 
 
-def _fail(sentence: str) -> None:
+def fail(sentence: str) -> None:
+    """End the process with code 2 and what the user got wrong."""
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)

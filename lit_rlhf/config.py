@@ -21,6 +21,8 @@ _PATHS = (  # taken as they are written
     "data.path",
     "data.validation_path",
     "model.path",
+    "pipeline.sft",
+    "pipeline.reward_model",
     "tokenizer",
     "ckpt_path",
     "reference.path",

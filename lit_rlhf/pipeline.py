@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,9 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.stage_results import draw, results_of, table
 from lit_rlhf.stages import STAGES, Stage, plan, split_arguments
 from lit_rlhf.train import check_run as check_training
+
+_GRACE = 60.0  # seconds that a stage has to end in once it is told to
+_INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def run_stages(stages: Sequence[Stage]) -> dict[str, Any]:
@@ -60,17 +64,52 @@ def _command(stage: Stage) -> list[str]:
 
 
 def _run(stage: Stage) -> None:
-    """One stage in a process of its own: it may start others, one per device, and leaves no memory behind."""
+    """One stage in a process of its own: it may start others, one per device, and leaves no memory behind.
+
+    Raises:
+        InputError: it failed, or was stopped, or has left no model.
+    """
+    stage.note(0.0, finished=False)
+    command, started = _command(stage), time.monotonic()
     own = {"WANDB_RUN_GROUP": stage.folder.parent.name, "WANDB_NAME": stage.name}
-    go_on = f"the same command with hydra.run.dir={stage.folder.parent} goes on from there"
-    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, *command[1:]], env={**own, **os.environ})
+    previous = signal.signal(signal.SIGTERM, lambda *_: _stop(process))
     try:
-        code = subprocess.run([sys.executable, *_command(stage)[1:]], env={**own, **os.environ}).returncode
+        code = process.wait()
     except KeyboardInterrupt:
-        raise InputError(f"stopped in the stage {stage.name}; {go_on}") from None
+        code = _stopped(process)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    made = code == 0 and (stage.model / "config.json").is_file()
+    stage.note(time.monotonic() - started, finished=made)
     if code:
-        raise InputError(f"the stage {stage.name} failed with exit code {code}; {go_on}")
-    stage.finish(time.monotonic() - started)
+        how = "begins that stage anew" if not stage.checkpoint.exists() else "goes on from its last checkpoint"
+        again = f"the same command with hydra.run.dir={stage.folder.parent} {how}"
+        what = f"failed with exit code {code}" if code not in _INTERRUPTED else "was stopped"
+        raise InputError(
+            f"the stage {stage.name} {what}; {'mend what it says above, and ' if code == 2 else ''}{again}"
+        )
+    if not made:
+        raise InputError(
+            f"the stage {stage.name} has left no model in {stage.model}; its callbacks need an export, with adapters "
+            "merged, and its folder has to be removed to run it again"
+        )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Pass the signal on, so that nothing trains on without us, and end as if interrupted."""
+    process.terminate()
+    raise KeyboardInterrupt
+
+
+def _stopped(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a stage that is being stopped, as the terminal has told it as well; a second interrupt ends it."""
+    try:
+        code = process.wait(_GRACE)
+    except (KeyboardInterrupt, subprocess.TimeoutExpired):
+        process.kill()
+        code = process.wait()
+    return code or -signal.SIGINT  # it may have ended well a moment before
 
 
 def check_choices(config: Mapping[str, Any]) -> None:
@@ -84,9 +123,15 @@ def check_stage(stage: Stage) -> None:
     """Check a stage's command line, as `train` would, before anything is run."""
     try:
         overrides = prepare_arguments(stage.arguments, cli.primary("train"))
+        if swept := [override for override in overrides if "=" in override and cli.sweeps(override)]:
+            raise InputError(f"{swept[0].lstrip('+')} are several values; only the choices of pipeline can be swept")
         cli.check_grammar(overrides)
         plain: Any = OmegaConf.to_container(compose("train", overrides), resolve=False)
         check_training(plain)
+        for key in ("path", "validation_path"):
+            file = Path(str(plain["data"].get(key) or ".")).expanduser()
+            if (file.suffix or file.is_absolute()) and not file.exists():
+                raise InputError(f"data.{key}={file} does not exist")
     except InputError as error:
         raise InputError(f"in the stage {stage.name}: {error}") from None
 
@@ -108,7 +153,10 @@ def _pipeline(cfg: DictConfig, shared: Sequence[str], of_stage: Mapping[str, Seq
 
 def main() -> None:
     """Entry point of `python -m lit_rlhf.pipeline`."""
-    sys.argv[1:], shared, of_stage = split_arguments(sys.argv[1:])
+    try:
+        sys.argv[1:], shared, of_stage = split_arguments(sys.argv[1:])
+    except InputError as error:
+        cli.fail(str(error))
     cli.main("pipeline", check_choices, lambda cfg: _pipeline(cfg, shared, of_stage))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,15 +11,16 @@ from lit_rlhf.stages import Stage
 
 Curve: TypeAlias = list[tuple[int, float]]  # optimiser step, value
 
-_REWARD = "val/reward_sampled"
+_REWARD, _PERPLEXITY = "val/reward_sampled", "val/perplexity"
 MEASURES = {
     "val/accuracy_sampled": "sampled accuracy",
     "val/accuracy_greedy": "greedy accuracy",
     "val/preference_accuracy": "preference accuracy",
     _REWARD: "mean reward",
+    _PERPLEXITY: "perplexity",
 }
 _COLORS = ("#4477AA", "#66CCEE", "#228833")
-_REWARD_COLOR = "#CC6677"
+_RIGHT_COLOR = "#CC6677"
 
 
 def curves_of(stage: Stage) -> dict[str, Curve]:
@@ -47,9 +47,8 @@ def results_of(stages: Sequence[Stage]) -> dict[str, Any]:
     """Each stage's algorithm, command, seconds, model, and first and last value of every measure."""
     results: dict[str, Any] = {}
     for stage in stages:
-        record = json.loads((stage.folder / "stage.json").read_text())
         measured = {name: {"before": c[0][1], "after": c[-1][1]} for name, c in curves_of(stage).items()}
-        results[stage.name] = {**record, "model": str(stage.model), "held_out": measured}
+        results[stage.name] = {**stage.record, "model": str(stage.model), "held_out": measured}
     return results
 
 
@@ -71,7 +70,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(stages: Sequence[Stage], target: Path) -> None:
-    """A panel per stage: held-out accuracies over the optimiser steps, and on the right axis the mean reward."""
+    """A panel per stage: held-out accuracies over the optimiser steps; on the right axis what has no end at 1."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,25 +78,32 @@ def draw(stages: Sequence[Stage], target: Path) -> None:
 
     figure, axes = plt.subplots(1, len(stages), figsize=(3.6 * len(stages), 3.2), dpi=150, squeeze=False)
     for number, (axis, stage) in enumerate(zip(axes.flat, stages, strict=True), 1):
-        curves = curves_of(stage)
-        reward = curves.pop(_REWARD, None)
-        lines = []
-        for (name, curve), color in zip(curves.items(), _COLORS, strict=False):
-            lines += axis.plot(*zip(*curve, strict=True), color=color, marker="o", ms=3, label=MEASURES[name])
-        if reward is not None:
-            right = axis.twinx()
-            label = f"{MEASURES[_REWARD]} (right axis)"
-            lines += right.plot(*zip(*reward, strict=True), color=_REWARD_COLOR, ls="--", marker="o", ms=3, label=label)
-            right.spines["top"].set_visible(False)
-            right.tick_params(axis="y", colors=_REWARD_COLOR)
         title = stage.name if stage.name == stage.algorithm else f"{stage.name}: {stage.algorithm}"
         axis.set_title(f"{number}. {title}", fontsize=10)
-        axis.set(xlabel="optimiser steps", ylim=(-0.02, 1.02))
-        axis.spines["top"].set_visible(False)
-        axis.grid(alpha=0.25)
-        if lines:
-            axis.legend(handles=lines, fontsize=7, frameon=False, loc="lower right")
+        _panel(axis, curves_of(stage))
     axes.flat[0].set_ylabel("on held-out data")
     figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)
+
+
+def _panel(axis: Any, curves: dict[str, Curve]) -> None:
+    """The curves of one stage: those from 0 to 1 on the left axis, the reward or else the perplexity on the right."""
+    right_name = next((name for name in (_REWARD, _PERPLEXITY) if name in curves), None)
+    left = [name for name in curves if name not in (_REWARD, _PERPLEXITY)]
+    style = {"marker": "o", "ms": 3}
+    lines = []
+    for name, color in zip(left, _COLORS, strict=False):
+        lines += axis.plot(*zip(*curves[name], strict=True), color=color, label=MEASURES[name], **style)
+    if right_name is not None:
+        right = axis.twinx()
+        label = f"{MEASURES[right_name]} (right axis)"
+        points = zip(*curves[right_name], strict=True)
+        lines += right.plot(*points, color=_RIGHT_COLOR, ls="--", label=label, **style)
+        right.spines["top"].set_visible(False)
+        right.tick_params(axis="y", colors=_RIGHT_COLOR)
+    axis.set(xlabel="optimiser steps", ylim=(-0.02, 1.02))
+    axis.spines["top"].set_visible(False)
+    axis.grid(alpha=0.25)
+    if lines:
+        axis.legend(handles=lines, fontsize=7, frameon=False, loc="lower right")

@@ -50,29 +50,42 @@ class Stage:
         return self.folder / "checkpoints" / "last.ckpt"
 
     @property
-    def finished(self) -> bool:
-        """Whether it has been run to its end.
+    def _portable(self) -> list[str]:
+        """The arguments, wherever the pipeline's folder lies."""
+        return [argument.replace(str(self.folder.parent), "PIPELINE") for argument in self.arguments]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is known of earlier runs: `arguments`, `seconds` they took and whether they `finished`.
 
         Raises:
-            InputError: it has, with other arguments.
+            InputError: they trained with other arguments.
         """
-        record = self.folder / "stage.json"
-        if not record.exists():
-            return False
-        arguments = json.loads(record.read_text())["arguments"]
-        if arguments != list(self.arguments):
-            changed = " ".join(sorted({*arguments} ^ {*self.arguments}))
-            raise InputError(
-                f"the stage {self.name} in {self.folder} was made with other arguments (they differ in {changed}): "
-                f"give another hydra.run.dir, or remove that folder to make it and all after it anew"
-            )
-        return True
+        file = self.folder / "stage.json"
+        new = {"algorithm": self.algorithm, "arguments": self._portable, "seconds": 0.0, "finished": False}
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else new
+        if found["arguments"] == self._portable:
+            return found
+        if not found["finished"] and not self.checkpoint.exists():
+            return new  # nothing was trained
+        changed = " ".join(sorted({*found["arguments"]} ^ {*self._portable}))
+        raise InputError(
+            f"the stage {self.name} in {self.folder} was made with other arguments (they differ in {changed}): "
+            f"give another hydra.run.dir, or remove that folder to make it and all after it anew"
+        )
 
-    def finish(self, seconds: float) -> None:
-        """Record that it has been run to its end, in one step."""
-        record = {"algorithm": self.algorithm, "arguments": list(self.arguments), "seconds": round(seconds, 1)}
+    @property
+    def finished(self) -> bool:
+        """Whether it has been run to its end, with these arguments."""
+        return bool(self.record["finished"])
+
+    def note(self, seconds: float, finished: bool) -> None:
+        """Record that it was run for so many more seconds, in one step, so that a reader finds all or nothing."""
+        known = self.record
+        known |= {"seconds": round(known["seconds"] + seconds, 1), "finished": finished}
+        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / ".stage.json"
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.write_text(json.dumps(known, indent=2) + "\n")
         partial.replace(self.folder / "stage.json")
 
 
@@ -87,9 +100,11 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dic
     of_stage: dict[str, list[str]] = {name: [] for name in STAGES}
     for argument in arguments:
         head, dot, rest = argument.partition(".")
-        if dot and head in STAGES:
+        if head in STAGES or argument.partition("=")[0] in STAGES:
+            if not dot or "=" in head:
+                raise InputError(f"{argument} chooses nothing; write pipeline.{argument}")
             of_stage[head].append(rest)
-        elif head in ("pipeline", "hydra") or argument.startswith("-") or argument.partition("=")[0] in STAGES:
+        elif head in ("pipeline", "hydra") or argument.startswith("-"):
             own.append(argument)
         else:
             shared.append(argument)
@@ -130,6 +145,7 @@ def plan(
             made[name] = None if choice is None else Path(choice).expanduser().resolve()
             continue
         start, kept = _start(made.get(SFT), choice, shared, own)
+        _check_data(name, kept, [*shared, *(a for arguments in of_stage.values() for a in arguments)])
         taken = _reward(made, choice, kept) if name == POLICY else []
         settings = _settings(choice, kept) if tiny else []
         stages.append(Stage(name, choice, (f"algo={choice}", *start, *settings, *taken, *kept), folder / name))
@@ -153,8 +169,14 @@ def _start(
     if policy is not None:
         return [f"model.path={policy}"], [*(a for a in shared if _key(a) not in _MODEL_KEYS), *own]
     given = [*shared, *own]
-    scratch = algorithm == "sft" and _is_built_in(given) and not any(_key(a) in _MODEL_KEYS for a in given)
-    return ["model=tiny_scratch"] if scratch else [], given
+    if algorithm != "sft" or not _is_built_in(given) or any(_key(a) in _MODEL_KEYS for a in given):
+        return [], given
+    if unfit := [a for a in given if _key(a).startswith("model.")]:
+        raise InputError(
+            f"{unfit[0]}: the first stage learns from random weights; write reward_model.{unfit[0]} policy.{unfit[0]}, "
+            "or model=tiny to begin with the shipped model"
+        )
+    return ["model=tiny_scratch"], given
 
 
 def _settings(algorithm: str, kept: Sequence[str]) -> list[str]:
@@ -182,8 +204,15 @@ def _is_tiny(argument: str) -> bool:
 def _reward(made: Mapping[str, Path | None], algorithm: str, given: Sequence[str]) -> list[str]:
     """The reward model as the policy's only reward, unless the user has given another."""
     judge = made[REWARD_MODEL]
-    if judge is None or not _samples(algorithm) or any(argument.startswith("reward.funcs=") for argument in given):
+    if judge is None or not _samples(algorithm):
         return []
+    if own := [argument for argument in given if _key(argument) == "reward.funcs"]:
+        if str(judge) in own[-1]:
+            return []
+        raise InputError(
+            f"{own[-1]} leaves nothing for the reward model to do; write pipeline.reward_model=null, or put {judge} "
+            "among the functions"
+        )
     return [f"reward.funcs=[{quoted(str(judge))}]"]
 
 
@@ -193,17 +222,38 @@ def _check_choice(name: str, choice: Any, arguments: Sequence[str]) -> None:
             raise InputError(f"{name}.{arguments[0]} would have no effect: pipeline.{name} is null")
         return
     if choice in _choices():
-        if name == REWARD_MODEL and choice != "reward_modeling":
-            raise InputError(f"pipeline.reward_model={choice} makes no reward model; use reward_modeling")
+        if (choice == "reward_modeling") != (name == REWARD_MODEL):
+            made, instead = ("policy", "reward_modeling") if name == REWARD_MODEL else ("reward model", "sft or ppo")
+            raise InputError(f"pipeline.{name}={choice} makes a {made}; use {instead}")
         return
-    folder = Path(str(choice)).expanduser()
-    if name == POLICY or not (folder / "config.json").is_file():
-        instead = "" if name == POLICY else ", nor the folder of a model"
-        raise InputError(f"pipeline.{name}={choice} is no algorithm{instead}{nearest(str(choice), _choices())}")
+    config = Path(str(choice)).expanduser() / "config.json"
+    if name == POLICY or not config.is_file():
+        folder = "/" in str(choice) and name != POLICY
+        hint = "there is no model" if folder else f"no such algorithm{nearest(str(choice), _choices())}"
+        raise InputError(f"pipeline.{name}={choice}: {hint}")
+    _check_kind(name, config)
     if arguments:
         raise InputError(
             f"{name}.{arguments[0]} would have no effect: pipeline.{name} is a model that is there already"
         )
+
+
+def _check_kind(name: str, config: Path) -> None:
+    """Refuse a policy where a reward model should stand, and the other way round, as far as the files say it."""
+    written = json.loads(config.read_text())
+    kinds, labels = written.get("architectures") or [], written.get("id2label") or {"0": "", "1": ""}
+    judges = any(kind.endswith("ForSequenceClassification") for kind in kinds)
+    if kinds and judges != (name == REWARD_MODEL):
+        raise InputError(f"pipeline.{name}: the model in {config.parent} is a {kinds[0]}, which is of no use there")
+    if name == REWARD_MODEL and judges and len(labels) != 1:
+        raise InputError(f"pipeline.{name}: the model in {config.parent} has {len(labels)} labels; one is needed")
+
+
+def _check_data(name: str, kept: Sequence[str], everything: Sequence[str]) -> None:
+    """Refuse a stage that would fall back to the built-in task while another has data of the user's."""
+    if any(_key(a) in ("data", "data.path") for a in kept) or _is_built_in(everything):
+        return
+    raise InputError(f"the stage {name} has no data; give {name}.data.path=..., or data.path=... for all stages")
 
 
 def _choices() -> list[str]:

@@ -1,7 +1,10 @@
 """The pipeline: stages are run once each, in order, and what they brought is read from what they logged."""
 
 import json
-import subprocess
+import os
+import signal
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -22,43 +25,101 @@ def write_metrics(folder, name, **columns):
     (folder / name).write_text("\n".join(rows) + "\n")
 
 
+class Process:
+    """In place of a run: it leaves a model unless its folder's name is given another exit code."""
+
+    started: ClassVar[list] = []
+    codes: ClassVar[dict] = {}
+    signals: ClassVar[list] = []
+
+    def __init__(self, command, env):
+        self.folder = Path(next(a for a in command if a.startswith("hydra.run.dir=")).partition("=")[2])
+        self.started.append((command[3:], env))
+
+    def wait(self, timeout=None):
+        code = self.codes.get(self.folder.name, 0)
+        if isinstance(code, list):  # one answer after the other
+            code = code.pop(0)
+        if isinstance(code, BaseException):
+            raise code
+        if code == 0:
+            (self.folder / "model").mkdir(parents=True)
+            (self.folder / "model" / "config.json").touch()
+        return max(code, 0) if code != NO_MODEL else 0
+
+    def terminate(self):
+        self.signals.append("terminate")
+
+    def kill(self):
+        self.signals.append("kill")
+
+
+NO_MODEL = -99
+
+
 @pytest.fixture
 def started(monkeypatch):
-    """The commands that were started, in place of processes; each ends with the code its algorithm is given."""
-    commands, codes = [], {}
-
-    def run(command, env):
-        folder = next(a for a in command if a.startswith("hydra.run.dir=")).partition("=")[2]
-        pipeline.Path(folder).mkdir(parents=True, exist_ok=True)
-        commands.append((command[3:], env))
-        return subprocess.CompletedProcess(command, codes.get(pipeline.Path(folder).name, 0))
-
-    monkeypatch.setattr(pipeline.subprocess, "run", run)
-    run.commands, run.codes = commands, codes
-    return run
+    """The processes that were started, in place of real ones."""
+    monkeypatch.setattr(pipeline.subprocess, "Popen", Process)
+    for found in (Process.started, Process.codes, Process.signals):
+        found.clear()
+    return Process
 
 
 def test_stages_run_in_order_and_those_finished_not_again(tmp_path, started):
     stages = [stage(tmp_path, "sft"), stage(tmp_path, "policy", "ppo")]
     pipeline.run_stages(stages)
-    assert [c[0][0] for c in started.commands] == ["algo=sft", "algo=ppo"]
-    assert [c[1]["WANDB_NAME"] for c in started.commands] == ["sft", "policy"]
+    assert [c[0][0] for c in started.started] == ["algo=sft", "algo=ppo"]
+    assert [c[1]["WANDB_NAME"] for c in started.started] == ["sft", "policy"]
     pipeline.run_stages(stages)
-    assert len(started.commands) == 2
+    assert len(started.started) == 2
 
 
 def test_a_failed_stage_ends_the_pipeline_and_goes_on_from_its_checkpoint(tmp_path, started):
     stages = [stage(tmp_path, "sft"), stage(tmp_path, "policy", "ppo")]
     started.codes["policy"] = 3
-    with pytest.raises(InputError, match=f"the stage policy failed with exit code 3; .*hydra.run.dir={tmp_path}"):
+    with pytest.raises(
+        InputError, match=f"the stage policy failed with exit code 3; .*hydra.run.dir={tmp_path} begins that stage anew"
+    ):
         pipeline.run_stages(stages)
-    stages[1].checkpoint.parent.mkdir()
+    stages[1].checkpoint.parent.mkdir(parents=True)
     stages[1].checkpoint.touch()
     started.codes.clear()
     pipeline.run_stages(stages)
-    assert [c[0][0] for c in started.commands] == ["algo=sft", "algo=ppo", "algo=ppo"]
-    assert f"ckpt_path={stages[1].checkpoint}" in started.commands[-1][0]
-    assert not any(a.startswith("ckpt_path") for a in started.commands[0][0])
+    assert [c[0][0] for c in started.started] == ["algo=sft", "algo=ppo", "algo=ppo"]
+    assert f"ckpt_path={stages[1].checkpoint}" in started.started[-1][0]
+    assert not any(a.startswith("ckpt_path") for a in started.started[0][0])
+
+
+def test_a_stage_that_left_no_model_is_not_finished(tmp_path, started):
+    stages = [stage(tmp_path, "sft")]
+    started.codes["sft"] = NO_MODEL
+    with pytest.raises(InputError, match="has left no model"):
+        pipeline.run_stages(stages)
+    assert not stages[0].finished
+
+
+def test_an_interrupt_waits_for_the_stage_and_a_second_one_ends_it(tmp_path, started):
+    for answers, sent in (([KeyboardInterrupt(), 1], []), ([KeyboardInterrupt(), KeyboardInterrupt(), 9], ["kill"])):
+        started.codes["sft"], started.signals[:] = answers, []
+        with pytest.raises(InputError, match=r"the stage sft .*begins that stage anew"):
+            pipeline.run_stages([stage(tmp_path, "sft")])
+        assert started.signals == sent
+
+
+def test_what_a_scheduler_stops_stops_the_stage_as_well(tmp_path, started):
+    class Terminated(Process):
+        def wait(self, timeout=None):
+            if timeout is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return 143
+
+    pipeline.subprocess.Popen = Terminated
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InputError, match="the stage sft was stopped"):
+        pipeline.run_stages([stage(tmp_path, "sft")])
+    assert started.signals == ["terminate"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_was_made_from_a_former_stage_is_not_taken_for_new(tmp_path, started):
@@ -74,7 +135,8 @@ def test_results_are_the_first_and_the_last_value_also_of_a_continued_run(tmp_pa
     steps = {"step": [0, 10, 20], "val/accuracy_sampled": [0.25, "", 0.5], "val/reward_sampled": [-1.5, "", 0.5]}
     write_metrics(run.folder, "metrics.1.csv", **steps)
     write_metrics(run.folder, "metrics.csv", **{"step": [20, 30], "val/accuracy_sampled": [0.75, 1.0]})
-    run.finish(7.0)
+    run.note(3.0, finished=False)
+    run.note(4.0, finished=True)
     assert curves_of(run)["val/accuracy_sampled"] == [(0, 0.25), (20, 0.75), (30, 1.0)]
     result = results_of([run])["policy"]
     assert result["held_out"]["val/accuracy_sampled"] == {"before": 0.25, "after": 1.0}
@@ -95,8 +157,7 @@ def test_a_reward_that_is_the_accuracy_is_told_once(tmp_path):
 
 def test_a_stage_without_held_out_data_has_an_empty_line(tmp_path):
     run = stage(tmp_path, "sft")
-    run.folder.mkdir()
-    run.finish(1.0)
+    run.note(1.0, finished=True)
     assert table(results_of([run])).splitlines()[1].split() == ["sft", "sft", "1", "-", "-", "-"]
 
 
@@ -115,7 +176,12 @@ def test_the_figure_has_a_panel_for_each_stage(tmp_path):
         (["sft.algo.lr=much"], "in the stage sft: 'algo.lr' must be float"),
         (["pipeline.reward=null"], "unknown key 'pipeline.reward'; did you mean 'reward_model'"),
         (["pipeline.policy=gpro"], "did you mean"),
-        (["sft=null"], "unknown key 'sft'"),
+        (["sft=null"], "write pipeline.sft=null"),
+        (
+            ["policy.data.path=nowhere.jsonl", "sft.data=arithmetic", "reward_model.data=arithmetic"],
+            "nowhere.jsonl does not",
+        ),
+        (["seed=1,2"], "only the choices of pipeline can be swept"),
     ],
 )
 def test_a_mistake_in_any_stage_is_said_before_the_first_is_run(tmp_path, arguments, said):

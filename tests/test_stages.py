@@ -22,7 +22,7 @@ def model(tmp_path):
     """A folder that looks like a model."""
     folder = tmp_path / "my model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     return folder
 
 
@@ -38,7 +38,8 @@ def test_each_stage_starts_from_what_the_ones_before_have_made(tmp_path):
 
 
 def test_arguments_go_to_every_stage_or_to_the_one_they_name(tmp_path):
-    stages = planned(tmp_path, "seed=3", "policy.algo.lr=1e-5", "sft.data.path=demos.jsonl")
+    data = ("sft.data.path=demos.jsonl", "reward_model.data.path=pairs.jsonl", "policy.data=arithmetic")
+    stages = planned(tmp_path, "seed=3", "policy.algo.lr=1e-5", *data)
     assert all("seed=3" in stage.arguments for stage in stages.values())
     assert [name for name, stage in stages.items() if "algo.lr=1e-5" in stage.arguments] == ["policy"]
     assert [name for name, stage in stages.items() if "data.path=demos.jsonl" in stage.arguments] == ["sft"]
@@ -83,10 +84,19 @@ def test_without_sft_the_model_given_is_where_all_stages_start(tmp_path):
 
 
 def test_a_folder_takes_the_place_of_a_stage(tmp_path, model):
-    stages = planned(tmp_path, sft=str(model), reward_model=str(model))
+    judge = tmp_path / "my judge"
+    judge.mkdir()
+    written = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (judge / "config.json").write_text(json.dumps(written))
+    stages = planned(tmp_path, sft=str(model), reward_model=str(judge))
     assert list(stages) == ["policy"]
     assert f"model.path={model}" in stages["policy"].arguments
-    assert f"reward.funcs=['{model}']" in stages["policy"].arguments  # in quotes, for its name has a space
+    assert f"reward.funcs=['{judge}']" in stages["policy"].arguments  # in quotes, for its name has a space
+    with pytest.raises(InputError, match="is a LlamaForCausalLM, which is of no use there"):
+        planned(tmp_path, reward_model=str(model))
+    (judge / "config.json").write_text(json.dumps({**written, "id2label": {"0": "bad", "1": "good"}}))
+    with pytest.raises(InputError, match="has 2 labels; one is needed"):
+        planned(tmp_path, reward_model=str(judge))
 
 
 @pytest.mark.parametrize("policy", ["dpo", "ipo", "hinge_dpo", "robust_dpo", "sft"])
@@ -103,8 +113,10 @@ def test_what_learns_from_rewards_learns_from_the_reward_model_alone(tmp_path, p
 
 
 def test_a_reward_given_goes_before_the_reward_model_and_without_one_the_data_decides(tmp_path):
-    own = planned(tmp_path, "policy.reward.funcs=[mine.reward]")["policy"].arguments
-    assert [a for a in own if a.startswith("reward.funcs")] == ["reward.funcs=[mine.reward]"]
+    both = f"reward.funcs=[mine.reward,{tmp_path}/reward_model/model]"
+    assert both in planned(tmp_path, f"policy.{both}")["policy"].arguments
+    alone = planned(tmp_path, "reward.funcs=[mine.reward]", reward_model=None)["policy"].arguments
+    assert [a for a in alone if a.startswith("reward.funcs")] == ["reward.funcs=[mine.reward]"]
     verified = planned(tmp_path, reward_model=None, policy="grpo")["policy"].arguments
     assert not any(argument.startswith("reward.funcs") for argument in verified)
 
@@ -112,9 +124,14 @@ def test_a_reward_given_goes_before_the_reward_model_and_without_one_the_data_de
 @pytest.mark.parametrize(
     ("arguments", "chosen", "said"),
     [
-        ([], {"policy": "pppo"}, "pipeline.policy=pppo is no algorithm; did you mean 'ppo'"),
-        ([], {"sft": "/nowhere"}, "no algorithm, nor the folder of a model"),
-        ([], {"reward_model": "dpo"}, "makes no reward model"),
+        ([], {"policy": "pppo"}, "pipeline.policy=pppo: no such algorithm; did you mean 'ppo'"),
+        ([], {"sft": "/nowhere"}, "pipeline.sft=/nowhere: there is no model"),
+        ([], {"policy": "reward_modeling"}, "makes a reward model; use sft or ppo"),
+        (["model.lora.r=8"], {}, "random weights; write reward_model.model.lora.r=8 policy.model.lora.r=8"),
+        (["reward.funcs=[mine.reward]"], {}, "leaves nothing for the reward model to do"),
+        (["sft.data.path=x.jsonl"], {}, "the stage reward_model has no data; give reward_model.data.path"),
+        (["sft=null"], {}, "write pipeline.sft=null"),
+        ([], {"reward_model": "dpo"}, "makes a policy; use reward_modeling"),
         ([], dict.fromkeys(STAGES), "nothing to run"),
         (["sft.algo.lr=1"], {"sft": None}, "no effect: pipeline.sft is null"),
         (["policy.algo=grpo"], {}, "write pipeline.policy=NAME"),
@@ -134,11 +151,25 @@ def test_arguments_for_a_folder_have_no_effect(tmp_path, model):
 
 
 def test_a_stage_is_finished_once_and_for_the_same_arguments(tmp_path):
-    stage = planned(tmp_path)["sft"]
+    stage = planned(tmp_path)["reward_model"]
     assert not stage.finished
-    stage.folder.mkdir()
-    stage.finish(12.34)
+    stage.note(12.34, finished=False)
+    assert not stage.finished
+    stage.note(1.0, finished=True)
     assert stage.finished
-    assert json.loads((stage.folder / "stage.json").read_text())["seconds"] == 12.3
+    assert stage.record["seconds"] == 13.3
     with pytest.raises(InputError, match=r"other arguments \(they differ in seed=2\)"):
-        _ = planned(tmp_path, "seed=2")["sft"].finished
+        _ = planned(tmp_path, "seed=2")["reward_model"].finished
+    tmp_path.rename(moved := tmp_path.with_name("moved"))
+    assert planned(moved)["reward_model"].finished
+
+
+def test_a_stage_that_was_stopped_goes_on_with_the_same_arguments_unless_it_had_trained_nothing(tmp_path):
+    stage, other = (planned(tmp_path, *arguments)["sft"] for arguments in ([], ["seed=2"]))
+    stage.note(1.0, finished=False)
+    assert not other.finished
+    stage.checkpoint.parent.mkdir()
+    stage.checkpoint.touch()
+    assert not stage.finished
+    with pytest.raises(InputError, match="made with other arguments"):
+        _ = other.finished

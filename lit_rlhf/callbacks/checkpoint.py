@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+_ROLLOUTS = 25
+
 
 class RolloutCheckpoint(ModelCheckpoint):
     """Save every so many rollouts, and at the end; `last.ckpt` is the newest.
@@ -14,17 +16,26 @@ class RolloutCheckpoint(ModelCheckpoint):
     Lightning's own saves only when it validates, unless it validates at every epoch, and does not save at the end.
 
     Args:
-        every_n_epochs: rollouts (or passes) between two checkpoints.
+        every_n_epochs: rollouts or passes between two checkpoints; by default 25 rollouts, and every pass.
         every_n_train_steps: optimiser steps between two checkpoints, instead.
         **kwargs: of `lightning.pytorch.callbacks.ModelCheckpoint`.
     """
 
-    def __init__(self, every_n_epochs: int | None = 25, every_n_train_steps: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, every_n_epochs: int | None = None, every_n_train_steps: int | None = None, **kwargs: Any
+    ) -> None:
         defaults = {"save_last": True, "save_on_train_epoch_end": True, "enable_version_counter": False}
-        when: dict[str, Any] = {"every_n_epochs": every_n_epochs}
+        self._passes_apart = every_n_epochs is None and every_n_train_steps is None
+        when: dict[str, Any] = {"every_n_epochs": every_n_epochs or _ROLLOUTS}
         if every_n_train_steps is not None:
             when = {"every_n_train_steps": every_n_train_steps}
         super().__init__(**when, **{**defaults, **kwargs})
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save after every pass over the data, which may take hours where a rollout takes seconds."""
+        super().setup(trainer, pl_module, stage)
+        if self._passes_apart and not hasattr(pl_module, "collect"):
+            self._every_n_epochs = 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the run, unless it has just been saved."""
