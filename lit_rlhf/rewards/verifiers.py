@@ -57,12 +57,12 @@ def numeric_answer(completions: Sequence[str], answer: Sequence[Any], **_: Any) 
 
     The final number is the first after the last `####`, or the last one where there is no `####`. Thousands
     commas, `$`, `%` and a full stop behind it do not count, nor does the form: 72.0 is 72. `None` where the
-    reference answer holds no number.
+    reference answer, or what follows its last `####`, is not one number: 1/2, x = 3 or a date.
 
     >>> numeric_answer(completions=["so 3*24 = 72.", "#### $1,234.00", "#### 71"], answer=["72", "1234", "72"])
     [1.0, 1.0, 0.0]
     """
-    references = [final_number(str(right)) for right in answer]
+    references = [reference_number(str(right)) for right in answer]
     pairs = zip(map(text_of, completions), references, strict=True)
     return [None if right is None else float(final_number(text) == right) for text, right in pairs]
 
@@ -134,3 +134,13 @@ def final_number(text: str) -> Decimal | None:
     match = matches[0 if marker else -1]
     value = Decimal(match["digits"].replace(",", ""))
     return -value if match["sign"] or match["inner_sign"] else value
+
+
+def reference_number(text: str) -> Decimal | None:
+    """Return the number that a reference answer is as a whole (see `numeric_answer`), or `None`.
+
+    >>> reference_number("3 * 24 = 72 #### $72."), reference_number("1/2")
+    (Decimal('72'), None)
+    """
+    whole = text.rpartition("####")[2].strip().removesuffix(".").strip("$ ").rstrip("% ")
+    return final_number(whole) if _NUMBER.fullmatch(whole) else None

@@ -102,6 +102,11 @@ def test_a_row_without_an_answer_is_not_judged(fn):
     assert fn(["None", "7", "8"], [None, None, "8"]) == [None, None, 1.0]
 
 
+@pytest.mark.parametrize("answer", ["1/2", "x = 3 or x = 2", r"\frac{1}{2}", "2^{10}", "2024-01-05", "7 or 8", "-"])
+def test_a_reference_that_is_not_one_number_judges_nothing(answer):
+    assert numeric_answer(["7/2", answer], [answer, f"work\n#### {answer}"]) == [None, None]
+
+
 # mathematical expressions
 
 
