@@ -52,11 +52,12 @@ def conf_dir() -> Path:
 
 
 def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> list[str]:
-    """Turn a user's command line into Hydra overrides.
+    r"""Turn a user's command line into Hydra overrides.
 
     A group's choice is checked. `data.path=` and `model.path=` choose the group that reads them, unless it is
-    chosen already; their values are quoted. `logger=null` leaves an optional group out. `algo.x=1` becomes
-    `++algo.x=1`, because x need not stand in a yaml file to be valid: `check_config` compares it with the signature.
+    chosen already; their values are quoted. `\n` in `data.prompt_template=` is a new line. `logger=null` leaves
+    an optional group out. `algo.x=1` becomes `++algo.x=1`, because x need not stand in a yaml file to be valid:
+    `check_config` compares it with the signature.
 
     Args:
         arguments: the arguments without the program's name.
@@ -88,6 +89,8 @@ def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> l
             _check_choices(key, value.split(","), groups[key], sweep)
         if key.lstrip("+") in _PATHS and not sweep:
             argument = f"{key}={quoted(value)}"
+        if key.lstrip("+") == "data.prompt_template":
+            argument = argument.replace("\\n", "\n")  # quotes of a shell leave both characters
         prepared.append(f"++{argument}" if "." in key and key[0] != "+" else argument)
     return implied + prepared
 

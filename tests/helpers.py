@@ -1,6 +1,7 @@
 """Builders that the tests share: tiny models, random experience, and runs on two ranks."""
 
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lit_rlhf.types import CompletionBatch, Experience, PromptBatch
 
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # data and models that may lie beside the checkout
 VOCABULARY, PAD, EOS = 64, 0, 1
 KINDS = ("llama", "qwen2", "gpt2")
 

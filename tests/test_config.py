@@ -425,11 +425,16 @@ def with_values(*assignments):
         ("model.lora.rr=3", "unknown key 'model.lora.rr'; did you mean 'r'?"),
         ("model.lora.target_module=x", "unknown key 'model.lora.target_module'; did you mean 'target_modules'?"),
         ("model.lora.r=4.5", "'model.lora.r' must be int, got 4.5"),
-        ("model.lora=16", "'model.lora' has keys of its own, got 16; known: r, alpha, dropout, target_modules"),
+        ("model.lora=16", "'model.lora' has keys of its own, got 16; known: r, alpha, target_modules"),
     ],
 )
 def test_bad_keys_and_values_are_refused_with_a_sentence(override, sentence):
     assert refused(check_config, with_values(override)) == sentence
+
+
+def test_a_backslash_and_an_n_of_a_template_are_a_new_line_on_the_command_line():
+    template = r'data.prompt_template="Question: {prompt}\nAnswer:"'
+    assert config_of("data=file", "data.path=x.jsonl", template).data.prompt_template == "Question: {prompt}\nAnswer:"
 
 
 @pytest.mark.parametrize(

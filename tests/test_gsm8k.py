@@ -1,13 +1,12 @@
 """The whole path on real data: GSM8K's own files and a pretrained model, where they lie beside the checkout."""
 
 import math
-from pathlib import Path
 
 import pytest
 
+from tests.helpers import SHARED
 from tests.runs import QUIET, fork, metrics_of
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL, DATA = SHARED / "models" / "stories260k", SHARED / "data" / "gsm8k"
 
 pytestmark = [

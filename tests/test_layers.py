@@ -15,7 +15,7 @@ PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (  # lowest first; parts of one layer do not know each other
     {"errors"},
     {"signatures"},
-    {"types", "text", "functional", "config"},
+    {"types", "text", "functional", "config", "hub"},
     {"ranks"},
     {"registry"},
     {"metrics", "models"},

@@ -1,7 +1,5 @@
 """Prompt and completion ids: BOS once, EOS once, whatever the tokenizer's template does."""
 
-from pathlib import Path
-
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -10,8 +8,9 @@ from lit_rlhf.data.tasks import character_tokenizer
 from lit_rlhf.errors import InputError
 from lit_rlhf.text import encode_completion, encode_completions, encode_prompt, encode_prompts, token_ids
 from tests.chat import CHATML, LLAMA, REWRITES, SPECIAL, assistant, byte_tokenizer, user
+from tests.helpers import SHARED
 
-STORIES = Path(__file__).parents[1].parent / "shared" / "models" / "stories260k"
+STORIES = SHARED / "models" / "stories260k"
 BOS, EOS, SOP, A, B = 0, 1, 2, 3, 4
 
 

@@ -11,7 +11,7 @@ term leaves free. The head begins with weights of N(0, 1 / (d + 1)) (2403.17031)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,12 +21,12 @@ from typing_extensions import Unpack
 
 from lit_rlhf.algorithms.preference import PreferenceArgs, PreferenceModule
 from lit_rlhf.algorithms.preference_stats import Comparison
-from lit_rlhf.errors import InputError, check_number
+from lit_rlhf.errors import check_number
 from lit_rlhf.functional import bradley_terry_loss
 from lit_rlhf.models.adapters import is_adapted, merged
 from lit_rlhf.models.wrapper import causal_lm
 from lit_rlhf.text import with_own_pad_token
-from lit_rlhf.types import PreferenceBatch, Row
+from lit_rlhf.types import PreferenceBatch
 
 
 class RewardModeling(PreferenceModule):
@@ -84,14 +84,6 @@ class RewardModeling(PreferenceModule):
         """Margin of every pair: `[N]` where rows have their own, else one number."""
         own = batch.margin
         return self.margin if own is None else torch.where(own.isnan(), torch.full_like(own, self.margin), own)
-
-    def collate(self, rows: Sequence[Row]) -> PreferenceBatch:
-        """See `PreferenceModule.collate`; a row's `margin` is a finite number, or none (NaN is none, too)."""
-        batch = super().collate(rows)
-        infinite = [] if batch.margin is None else batch.margin[batch.margin.isinf()].tolist()
-        if infinite:
-            raise InputError(f"a row's 'margin' is {infinite[0]}; expected a finite number, or none")
-        return batch
 
     def export_model(self) -> Any:
         """The reward model as `AutoModelForSequenceClassification` loads it.

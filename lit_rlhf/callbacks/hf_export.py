@@ -34,11 +34,12 @@ class HFExport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse, before anything is trained, what could not be written at its end."""
-        for folder in (self.folder, self.folder.parent / "adapter"):
+        adapter = is_adapted(pl_module.models.policy) and pl_module.exports_adapter
+        for folder in [self.folder] * self.merge + [self.folder.parent / "adapter"] * adapter:
             names = [file.name for file in folder.iterdir()] if folder.is_dir() else [folder.name] * folder.exists()
             if names and not set(names) & set(_OF_A_MODEL):
                 raise InputError(f"callbacks.export.folder: {folder} holds something else than a model; give another")
-        if not self.merge and not (is_adapted(pl_module.models.policy) and pl_module.exports_adapter):
+        if not self.merge and not adapter:
             raise InputError(
                 f"callbacks.export.merge=false leaves an adapter alone, and {type(pl_module).__name__} has none to "
                 "leave here; leave it out"

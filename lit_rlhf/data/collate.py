@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 
+from lit_rlhf.data.columns import check_margin
 from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.types import CompletionBatch, PreferenceBatch, Row, pad_left, pad_right
 
@@ -46,11 +47,13 @@ def collate_preferences(
     """Join the ids of `prompt` and `chosen`, and of `prompt` and `rejected`, which end with EOS once.
 
     Returns:
-        N pairs of at most `limit` tokens each, see `stack_pairs`. Where rows have a number as their `margin`, `margin`
-        `[N]` float32 holds it, and NaN for the rows that have none.
+        N pairs of at most `limit` tokens each, see `stack_pairs`. Where rows have a finite number as their `margin`,
+        `margin` `[N]` float32 holds it, and NaN for the rows that have none, or NaN.
     """
     batch = stack_pairs([encode_pair(encoder, row, limit) for row in rows], pad_token_id)
     margins = [row.get("margin") for row in rows]
+    for margin in margins:
+        check_margin(margin, "a row of pairs")
     if all(margin is None for margin in margins):
         return batch
     return replace(batch, margin=torch.tensor([float("nan") if margin is None else margin for margin in margins]))

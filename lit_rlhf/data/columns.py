@@ -8,12 +8,14 @@ it is the assistant's; `chosen` and `rejected` that begin alike, with their prom
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.types import Row
 
 COMPLETIONS = ("completion", "chosen", "rejected")
+_LARGEST = 3.4e38  # in float32
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _EXPECTED = (
     "expected 'prompt', 'messages', 'chosen' and 'rejected' that begin alike, or GSM8K's 'question' and 'answer' with "
@@ -51,7 +53,17 @@ def conventional(value: Any, where: str, columns: Mapping[str, str] | None = Non
                 raise InputError(
                     f"{where}: the first message of {column!r} has the role {first!r}; expected 'assistant'"
                 )
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        check_margin(row.get("margin"), where)
     return row
+
+
+def check_margin(value: Any, where: str) -> None:
+    """Refuse what is neither None nor a number that float32 has; NaN stands for None where a table has no other."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if value is not None and not (number and not abs(value) > _LARGEST):
+        shown = value if number else kind_of(value)
+        raise InputError(f"{where}: 'margin' is {shown}; expected a finite number, or none")
 
 
 def presented(row: Row, prompt_template: str | None = None, system_prompt: str | None = None) -> Row:
@@ -59,8 +71,7 @@ def presented(row: Row, prompt_template: str | None = None, system_prompt: str |
     prompt = row["prompt"]
     if prompt_template is not None:
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        frame = prompt_template.replace("\\n", "\n")  # as a shell hands it over
-        text = frame.replace("{prompt}", text)
+        text = prompt_template.replace("{prompt}", text)
         prompt = text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
     row = {**row, "prompt": prompt} if prompt is not row["prompt"] else row
     if system_prompt is None:
@@ -132,7 +143,8 @@ def listed(row: Row) -> str:
 def kind_of(value: Any) -> str:
     """What a value is, for messages."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    names |= {int: "a number", float: "a number"}
+    return names.get(type(value), f"a value of the type {type(value).__name__}")
 
 
 def _renamed(row: Row, where: str, columns: Mapping[str, str]) -> Row:

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningDataModule
 
 from lit_rlhf.data.columns import check_completions, complete_rows, conventional, of_one_kind, presented
 from lit_rlhf.data.lengths import LONG_ROWS, LongRows, Room, room_of_prompts, room_of_rows, rows_too_long
-from lit_rlhf.data.sources import read_rows, read_splits
+from lit_rlhf.data.sources import read_splits
 from lit_rlhf.data.tasks import arithmetic_splits, demonstrations, preference_pairs
 from lit_rlhf.errors import InputError, check_choice, check_number
-from lit_rlhf.rewards import exact_match, final_number, numeric_answer
+from lit_rlhf.rewards import exact_match, numeric_answer
+from lit_rlhf.rewards.verifiers import reference_number
 from lit_rlhf.types import Row
 
 
@@ -33,7 +34,7 @@ class RowsDataModule(LightningDataModule):
             told and logged. Reward functions see whole prompts.
         token_cache: a folder in which the token ids are kept, and found by the next run with these rows and tokenizer.
         prompt_template: what every prompt is put into, at `{prompt}`, as `"Question: {prompt}\nAnswer:"`; of chat
-            messages the last.
+            messages the last. It is used as it is; on the command line alone a backslash and an n are a new line.
         system_prompt: makes chat messages of plain rows, and begins those with this message that have none of their
             own; `""` makes messages without one.
     """
@@ -161,20 +162,21 @@ class FileData(RowsDataModule):
 
     Columns have the Hub's names, see `lit_rlhf.data.columns`: `completion` is a demonstration (SFT); `chosen` and
     `rejected` are a pair (preferences), with a `margin` if there is one. Rows with an `answer` column are verified by
-    it unless the algorithm has reward functions of its own: numerically where every answer is a number (GSM8K), by
-    exact match otherwise.
+    it unless the algorithm has reward functions of its own: numerically where every answer is a number and nothing
+    else (GSM8K), by exact match otherwise: for 1/2 or x = 3 give `math_expression`.
 
     Args:
         path: a `.jsonl`, `.json` or `.parquet` file, a folder or a dataset's name on the Hub, see `read_rows`; GSM8K's
             own format is read as it comes.
         name: the configuration of a dataset that has several.
         split: the rows to train on, of a folder or a dataset of the Hub.
-        validation_split: the rows to validate on; by default its validation or test split, where it has one.
+        validation_split: the rows to validate on; by default the validation or test split, where there is one.
         columns: our name of a column -> the one that the data has, as in `{"prompt": "question", "answer": "target"}`.
         held_out: rows for validation: the first of the validation split or file, by default all; where there is
             neither, the last rows, which are not trained on (one that the data repeats may be on both sides), by
             default a tenth and at most 256.
-        validation_path: a file, folder or dataset of its own for validation.
+        validation_path: a file, folder or dataset of its own for validation, in which `name` and `validation_split`
+            choose, too.
         validation_batch_size: prompts per validation batch.
         long_rows: see `RowsDataModule`.
         token_cache: see `RowsDataModule`.
@@ -198,11 +200,9 @@ class FileData(RowsDataModule):
         system_prompt: str | None = None,
     ) -> None:
         check_number("data.held_out", held_out or 0, at_least=0)
-        if validation_path is None:
-            train, test = read_splits(path, columns, name=name, split=split, validation_split=validation_split)
-        else:
-            train = read_rows(path, columns, name=name, split=split)
-            test = read_rows(validation_path, columns, split=validation_split or "train")
+        train, test = read_splits(
+            path, columns, name=name, split=split, validation_split=validation_split, validation_path=validation_path
+        )
         if test is not None:
             test = test[:held_out]
         else:
@@ -220,5 +220,5 @@ def _verifier_of(rows: Sequence[Row]) -> list[Any]:
     answers = [row["answer"] for row in rows if row.get("answer") is not None]
     if not answers:
         return []
-    numbers = all(final_number(str(answer)) is not None for answer in answers)
+    numbers = all(reference_number(str(answer)) is not None for answer in answers)
     return [numeric_answer if numbers else exact_match]

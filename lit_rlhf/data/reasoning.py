@@ -12,6 +12,7 @@ from typing import Any
 from lit_rlhf.data.lengths import LongRows
 from lit_rlhf.data.modules import RowsDataModule
 from lit_rlhf.errors import InputError, check_number
+from lit_rlhf.rewards import text_of
 from lit_rlhf.signatures import nearest
 from lit_rlhf.types import Row
 
@@ -106,7 +107,7 @@ class ReasoningGymScore:
         """The score of each completion."""
         entries = zip(question, answer, metadata, strict=True)
         problems = [{"question": q, "answer": a, "metadata": m} for q, a, m in entries]
-        return [self._score(_text(c), entry) for c, entry in zip(completions, problems, strict=True)]
+        return [self._score(text_of(c), entry) for c, entry in zip(completions, problems, strict=True)]
 
     @staticmethod
     def answer(completion: str) -> str:
@@ -128,10 +129,6 @@ def extract_answer(completion: str) -> str:
     """
     tagged = _TAGGED.findall(completion)
     return (tagged[-1] if tagged else _MARKED.sub("", completion, count=1)).strip()
-
-
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def _problems(task: str, params: Mapping[str, Any], count: int, seed: str, taken: Any) -> list[Row]:

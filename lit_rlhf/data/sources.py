@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 from lit_rlhf.data.columns import conventional, of_one_kind
 from lit_rlhf.data.json_files import read_json
 from lit_rlhf.errors import InputError
+from lit_rlhf.hub import offline_unless_reached
+from lit_rlhf.signatures import nearest
 from lit_rlhf.types import Row
 
 _JSON = (".jsonl", ".json")
@@ -49,6 +50,7 @@ def read_splits(
     name: str | None = None,
     split: str = "train",
     validation_split: str | None = None,
+    validation_path: str | Path | None = None,
 ) -> tuple[list[Row], list[Row] | None]:
     """The rows to train on, see `read_rows`, and those to validate on where the source has a split of them.
 
@@ -59,24 +61,35 @@ def read_splits(
         split: the rows to train on.
         validation_split: the rows to validate on; by default the first that there is of validation, valid, val, dev
             and test; `""` for none.
+        validation_path: where those are, if not in `path`; by default all of them are wanted that a file has, or the
+            train split of what has none to validate on.
     """
-    found = _splits(str(path), name)
+    found = _splits(str(path), name, "data.path")
+    train = _rows(found, path, split, "data.split", columns)
+    if validation_path is None:
+        default = next((known for known in _VALIDATION if known in found and known != split), "")
+    else:
+        path = validation_path
+        found = _splits(str(path), None if _is_file(Path(path).expanduser()) else name, "data.validation_path")
+        default = next((known for known in _VALIDATION if known in found), "train")
+    validation_split = default if validation_split is None else validation_split
+    if not validation_split:
+        return of_one_kind(train)[0], None
+    train, test = of_one_kind(train, _rows(found, path, validation_split, "data.validation_split", columns))
+    return train, test
+
+
+def _rows(
+    found: Mapping[str, Any], path: str | Path, split: str, key: str, columns: Mapping[str, str] | None
+) -> list[Row]:
+    """The rows of a split, which the argument `key` names."""
     if split not in found:
-        raise InputError(f"data.split: {path} has no split {split!r}; it has {', '.join(map(repr, found))}")
-    if validation_split and validation_split not in found:
-        raise InputError(
-            f"data.validation_split: {path} has no split {validation_split!r}; it has {', '.join(map(repr, found))}"
-        )
-    if validation_split is None:
-        validation_split = next((known for known in _VALIDATION if known in found and known != split), "")
-    wanted = [split, *([validation_split] if validation_split else [])]
-    parts = [[conventional(value, where, columns) for where, value in found[part]] for part in wanted]
-    for part, rows in zip(wanted, parts, strict=True):
-        if not rows:
-            which = f", split {part}," if len(found) > 1 else ""
-            raise InputError(f"{path}{which} has no rows; expected at least one object with a 'prompt'")
-    parts = of_one_kind(*parts)
-    return parts[0], parts[1] if validation_split else None
+        raise InputError(f"{key}: {path} has no split {split!r}; it has {', '.join(map(repr, found))}")
+    rows = [conventional(value, where, columns) for where, value in found[split]]
+    if not rows:
+        which = f", split {split}," if len(found) > 1 else ""
+        raise InputError(f"{path}{which} has no rows; expected at least one object with a 'prompt'")
+    return rows
 
 
 class _Split:
@@ -89,19 +102,23 @@ class _Split:
         return ((f"{self.where}, row {n}", row) for n, row in enumerate(self.rows.to_list(), 1))
 
 
-def _splits(path: str, name: str | None) -> dict[str, Any]:
-    """The rows of every split, each with its place."""
+def _is_file(path: Path) -> bool:
+    return path.is_file() or path.suffix.lower() in _FILES
+
+
+def _splits(path: str, name: str | None, key: str) -> dict[str, Any]:
+    """The rows of every split, each with its place, of the path that the argument `key` gives."""
     file = Path(path).expanduser()
-    if file.is_file() or file.suffix.lower() in _FILES:
+    if _is_file(file):
         if name is not None:
             raise InputError(f"data.name={name} chooses among the configurations of a dataset, and {path} is a file")
         file = _existing(file)
         if file.suffix.lower() in _JSON:
             return {"train": read_json(file)}
-        return {"train": _Split(_loaded(path, _parquet, file), path)}
+        return {"train": _Split(_loaded(path, key, _parquet, file), path)}
     if not file.is_dir() and (file.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         raise InputError(f"{path} does not exist; expected {_ACCEPTED}")
-    parts = _loaded(path, _dataset, file, name)
+    parts = _loaded(path, key, _dataset, file, name)
     return {str(split): _Split(part, f"{path}, split {split}") for split, part in parts.items()}
 
 
@@ -110,9 +127,8 @@ def _existing(file: Path) -> Path:
         raise InputError(f"{file} cannot be read; expected {_ACCEPTED}")
     if not file.exists():
         siblings = [f.name for f in file.parent.glob("*") if f.suffix.lower() in _FILES]
-        nearest = difflib.get_close_matches(file.name, siblings, n=1, cutoff=0.0)
-        hint = f"the nearest file beside it is {nearest[0]}" if nearest else f"expected {_ACCEPTED}"
-        raise InputError(f"{file} does not exist; {hint}")
+        hint = nearest(file.name, siblings) if siblings else f"; expected {_ACCEPTED}"
+        raise InputError(f"{file} does not exist{hint}")
     return file
 
 
@@ -130,24 +146,8 @@ def _dataset(folder: Path, name: str | None) -> Any:
         return {"train": found} if isinstance(found, Dataset) else found
     if folder.is_dir():
         return load_dataset(str(folder), name)
-    with _offline_unless_reached():
+    with offline_unless_reached():
         return load_dataset(str(folder), name)
-
-
-@contextmanager
-def _offline_unless_reached() -> Iterator[None]:
-    """Ask the Hub once whether it is there: `datasets` tries six times for half a minute before it looks for a copy."""
-    from huggingface_hub import constants, get_session
-
-    before = constants.HF_HUB_OFFLINE
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # of the HTTP library that huggingface_hub happens to use
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager
@@ -163,7 +163,7 @@ def _without_progress_bars() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _loaded(path: str, load: Any, *arguments: Any) -> Any:
+def _loaded(path: str, key: str, load: Any, *arguments: Any) -> Any:
     """What `load` returns, without progress bars; whatever goes wrong in `datasets` is one sentence."""
     try:
         with _without_progress_bars():
@@ -175,5 +175,5 @@ def _loaded(path: str, load: Any, *arguments: Any) -> Any:
     except Exception as error:  # of datasets, huggingface_hub, pyarrow, fsspec, ...
         reason = str(error).strip().partition("\n")[0] or "no reason given"
         raise InputError(
-            f"data.path: cannot read {path!r} ({type(error).__name__}: {reason}); expected {_ACCEPTED}"
+            f"{key}: cannot read {path!r} ({type(error).__name__}: {reason}); expected {_ACCEPTED}"
         ) from error

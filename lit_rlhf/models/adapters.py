@@ -35,24 +35,17 @@ class LoRA:
     Args:
         r: rank of the adapters.
         alpha: their outputs are multiplied by alpha / r; 2 r by default.
-        dropout: on their inputs. Only 0 is taken: the policy that samples has to be the one that learns.
         target_modules: the layers that get one, by the last part of their names, such as `["q_proj", "v_proj"]`;
             `"all-linear"` for every linear layer but the output embedding.
     """
 
     r: int = 16
     alpha: float | None = None
-    dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
 
     def __post_init__(self) -> None:
         check_number("model.lora.r", self.r, at_least=1)
         check_number("model.lora.alpha", 1.0 if self.alpha is None else self.alpha, above=0)
-        if self.dropout:
-            raise InputError(
-                f"model.lora.dropout={self.dropout:g} would make the policy that samples another than the one that "
-                "learns; leave it out"
-            )
 
     @classmethod
     def from_mapping(cls, given: Any) -> LoRA:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.hub import offline_unless_reached
 from lit_rlhf.models.adapters import LoRA, adapter_parameters, add_lora, base_of, is_adapted
 
 TINY = "tiny"
@@ -224,7 +226,8 @@ def from_pretrained(auto: Any, key: str, path: str | Path, **kwargs: Any) -> Any
     elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise InputError(f"{key}: there is no folder {path}; give a model folder{or_name}")
     try:
-        return auto.from_pretrained(source, **kwargs)
+        with nullcontext() if folder.is_dir() else offline_unless_reached():
+            return auto.from_pretrained(source, **kwargs)
     except Exception as error:  # broken files end in errors of safetensors, torch, json, huggingface_hub, ...
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise InputError(

@@ -93,7 +93,7 @@ def test_a_rows_margin_is_finite_or_none():
     batch = module.collate([{**row, "margin": m} for row, m in zip(rows, [0.5, None, float("nan")], strict=True)])
     assert module.margins(batch).tolist() == [0.5, 1.0, 1.0]
     for margin in (math.inf, -math.inf):
-        with pytest.raises(InputError, match=f"^a row's 'margin' is {margin}; expected a finite number, or none$"):
+        with pytest.raises(InputError, match=f"^a row of pairs: 'margin' is {margin}; expected a finite"):
             module.collate([{**rows[0], "margin": margin}, rows[1]])
 
 

@@ -273,6 +273,17 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     callback.setup(None, module, "fit")
 
 
+def test_folders_that_are_not_written_may_hold_anything(tmp_path):
+    plain, adapted = module_with(), GRPO(policy=load_causal_lm("tiny", lora={"r": 4}), sampling=SHORT)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "wiring.pdf").touch()
+    HFExport(tmp_path / "model").setup(None, plain, "fit")
+    with pytest.raises(InputError, match="adapter holds something else than a model"):
+        HFExport(tmp_path / "model").setup(None, adapted, "fit")
+    (tmp_path / "adapter").rename(tmp_path / "model")
+    HFExport(tmp_path / "model", merge=False).setup(None, adapted, "fit")
+
+
 def test_a_checkpoint_is_exported_without_training(tmp_path):
     module, _ = exported(tmp_path)
     torch.save({"state_dict": module.state_dict()}, tmp_path / "last.ckpt")

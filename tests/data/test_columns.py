@@ -1,11 +1,15 @@
 """Rows in the Hub's conventions, and the sentence that each other one gets."""
 
+import math
+
+import numpy as np
 import pytest
 
 from lit_rlhf.data.columns import check_completions, conventional, of_one_kind
 from lit_rlhf.errors import InputError
 from tests.chat import assistant, user
 
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 ASK, ANSWER, WRONG = user("what is blue?"), assistant("the sky"), assistant("grass")
 
 
@@ -74,6 +78,13 @@ def test_columns_are_read_from_others():
         ({"chosen": "yes, so", "rejected": "yes, so"}, "'chosen' and 'rejected' are the same"),
         ({"chosen": [*ASK, *ANSWER]}, "no column 'prompt' among 'chosen'; expected 'prompt'"),
         ({"chosen": ["a"], "rejected": ["b"]}, "no common beginning"),
+        ({**PAIR, "margin": [1.0]}, "'margin' is a list; expected a finite number, or none"),
+        ({**PAIR, "margin": "wide"}, "'margin' is a text; expected a finite number, or none"),
+        ({**PAIR, "margin": True}, "'margin' is true or false; expected"),
+        ({**PAIR, "margin": -math.inf}, "'margin' is -inf; expected"),
+        ({**PAIR, "margin": 10**400}, "'margin' is 1000"),
+        ({"prompt": b"p"}, "'prompt' is a value of the type bytes; expected a text or"),
+        ({"prompt": 7.0}, "'prompt' is a number; expected a text or"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_a_sentence(row, sentence):
@@ -82,6 +93,13 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(row, sentence):
     assert str(caught.value).startswith("rows.jsonl, line 3: ")
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("margin", [None, 1, -0.5, 0, math.nan, np.float32(2)])
+def test_a_margin_is_a_finite_number_or_none(margin):
+    row = {**PAIR, "margin": margin}
+    assert conventional(row, "row 1") == row
+    assert conventional({"prompt": "p", "margin": "of the page"}, "row 1"), "which is no pair"
 
 
 def test_columns_that_some_rows_lack_are_none_there():

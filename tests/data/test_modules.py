@@ -69,6 +69,14 @@ def test_held_out_demonstrations_are_read_and_have_to_fit():
     [
         ([None, "7", 8], [numeric_answer]),
         ([None, "7", "eight"], [exact_match]),
+        (["7", "1/2"], [exact_match]),
+        (["x = 3 or x = 2"], [exact_match]),
+        ([r"\frac{1}{2}"], [exact_match]),
+        (["2^{10}"], [exact_match]),
+        (["2024-01-05"], [exact_match]),
+        (["7 8"], [exact_match]),
+        ([" $-1,234.50 ", "3.", "50 %", ".5", "$7$", 2.0, "2 * 36 = 72\n#### 72"], [numeric_answer]),
+        (["72\n#### 1/2"], [exact_match]),
         ([None, None, None], []),
     ],
 )
@@ -170,8 +178,8 @@ def test_rewards_see_none_in_columns_that_a_row_lacks():
     [
         (
             {"prompt": "1+1?", "completion": "2"},
-            {"prompt_template": r"Q: {prompt}\nA:"},  # as a shell hands it over
-            {"prompt": "Q: 1+1?\nA:", "completion": "2"},
+            {"prompt_template": "Q: $\\nabla$ {prompt}\nA:"},
+            {"prompt": "Q: $\\nabla$ 1+1?\nA:", "completion": "2"},
         ),
         (
             {"prompt": "{1}+1?", "completion": "2", "answer": "2"},

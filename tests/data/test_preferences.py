@@ -10,6 +10,7 @@ from lit_rlhf.data.collate import collate_completions, collate_preferences
 from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.data.modules import ArithmeticData, FileData
 from lit_rlhf.data.tasks import arithmetic_splits, character_tokenizer, demonstrations, preference_pairs
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import SamplingConfig
 from tests.helpers import EOS, PAD, NumberTokenizer, trainer
 from tests.pairs import pair_rows
@@ -42,6 +43,12 @@ def test_margins_are_taken_where_rows_have_them(margins, expected):
     else:
         assert [None if x != x else x for x in found.tolist()] == expected
         assert found.dtype == torch.float32
+
+
+def test_a_list_is_no_margin():
+    """One would be broadcast over all pairs."""
+    with pytest.raises(InputError, match=r"^a row of pairs: 'margin' is a list; expected a finite number, or none$"):
+        collate_preferences(Encoder(NumberTokenizer(), [EOS]), [{**row, "margin": [1.0]} for row in ROWS], PAD)
 
 
 def test_a_completion_is_encoded_alike_in_a_pair_and_in_a_demonstration():

@@ -66,6 +66,8 @@ def test_scores_are_the_librarys_and_accuracy_is_a_score_of_one():
     assert rewards.names == ["chain_sum"]
     chat = [[{"role": "assistant", "content": text}] for text in completions]
     assert data.reward_funcs[0](chat, **columns) == pytest.approx(total.tolist())
+    blocks = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in completions]
+    assert data.reward_funcs[0](blocks, **columns) == pytest.approx(total.tolist())
 
 
 def test_an_answer_at_which_the_scorer_fails_scores_nothing():

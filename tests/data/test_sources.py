@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from huggingface_hub import constants
 from lit_rlhf.data import FileData, read_rows
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards import numeric_answer
+from tests.helpers import SHARED
 
-GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
+GSM8K = SHARED / "data" / "gsm8k"
 ROW = '{"prompt": "1+1=", "answer": "2"}\n'
 
 
@@ -129,7 +131,7 @@ def test_a_missing_file_names_its_nearest_sibling(write, tmp_path):
     assert "does not exist; expected" in refusal(tmp_path / "nowhere" / "train.jsonl")
     for name in ("training.jsonl", "test.jsonl", "train.txt"):
         write(ROW, name)
-    assert refusal(tmp_path / "train.jsonl").endswith("does not exist; the nearest file beside it is training.jsonl")
+    assert refusal(tmp_path / "train.jsonl").endswith("does not exist; did you mean 'training.jsonl'?")
 
 
 def test_an_unreadable_file_is_refused(write, monkeypatch):
@@ -212,6 +214,36 @@ def test_splits_and_configurations_that_are_not_there_are_named(sources):
         InputError, match=r"data.name=main chooses among the configurations of a dataset, and .* is a file"
     ):
         FileData(sources / "rows.parquet", name="main")
+
+
+def test_a_validation_source_of_its_own_has_its_own_split_and_configuration(sources, monkeypatch):
+    held_out = FileData(sources / "rows.parquet", validation_path=sources / "plain").held_out_rows
+    assert held_out == TEST, "of train and test"
+    (sources / "plain" / "train.jsonl").unlink()
+    assert FileData(sources / "rows.parquet", validation_path=sources / "plain").held_out_rows == TEST
+    assert FileData(sources / "saved", validation_path=sources / "single").held_out_rows == TRAIN, "which is all it has"
+    file = sources / "plain" / "test.jsonl"
+    (sources / "empty").mkdir()
+    for path, sentence in (
+        (file, "^data.validation_split: .*test.jsonl has no split 'test'; it has 'train'$"),
+        (sources / "plain", "^data.validation_split: .*plain has no split 'dev'; it has 'test'$"),
+        (sources / "empty", "^data.validation_path: cannot read"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            FileData(sources / "saved", validation_path=path, validation_split="test" if path == file else "dev")
+    asked = []
+    monkeypatch.setattr("lit_rlhf.data.sources.offline_unless_reached", nullcontext)
+    monkeypatch.setattr("datasets.load_dataset", lambda path, name: asked.append((path, name)) or {"test": Rows(TEST)})
+    FileData(sources / "parquet", name="main", split="test", validation_path="org/name")
+    FileData(sources / "parquet", name="main", split="test", validation_path=file)
+    assert asked == [(str(sources / "parquet"), "main"), ("org/name", "main"), (str(sources / "parquet"), "main")]
+
+
+class Rows:
+    """What stands for a dataset."""
+
+    def __init__(self, rows):
+        self.to_list = rows.copy
 
 
 def test_the_place_of_a_row_of_a_folder_is_named(sources):

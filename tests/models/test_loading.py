@@ -3,12 +3,13 @@
 import shutil
 
 import pytest
+from huggingface_hub import constants
 from torch import nn
 from transformers import Gemma3Config
 
 from lit_rlhf.data.tasks import character_tokenizer
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.loading import ASSETS, load_causal_lm, load_tokenizer, max_positions
+from lit_rlhf.models.loading import ASSETS, load_causal_lm, load_reward_model, load_tokenizer, max_positions
 from lit_rlhf.models.wrapper import tokenizer_for
 from tests.helpers import tiny_model
 
@@ -96,3 +97,29 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, size):
     for policy in (model, tmp_path):
         with pytest.raises(InputError, match=f"^tokenizer: it has 21 tokens, .* the model's vocabulary has {size}:"):
             tokenizer_for(policy, "tiny")
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer, load_reward_model])
+def test_a_hub_name_without_a_network_is_asked_for_once(load, monkeypatch):
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise OSError("Name or service not known")
+
+        def __getattr__(self, name):
+            pytest.fail("the Hub is away, and was asked again")
+
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", Session)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match=r"cannot load 'nobody/nothing'.*give a complete model folder"):
+        load("nobody/nothing")
+    assert asked == [constants.ENDPOINT]
+    assert not constants.HF_HUB_OFFLINE, "only for this model"
+
+
+def test_a_folder_is_no_matter_of_the_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("the Hub was asked"))
+    load_tokenizer(ASSETS / "tiny_base")
