@@ -45,6 +45,7 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
     """
     cli.start(cfg)
     from lit_rlhf.evaluation import Candidate, check_same_vocabulary, evaluate_rows
+    from lit_rlhf.models.loading import check_generates
     from lit_rlhf.models.wrapper import tokenizer_for
     from lit_rlhf.rewards import Judges, RewardFunctions
     from lit_rlhf.rollouts.sampler import OPPONENT
@@ -54,11 +55,15 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
     data = instantiate(cfg.data)
     rows = _rows(data, cfg.rows)[: cfg.limit]
     policy = instantiate(cfg.model).to(device)
+    check_generates(policy, "model.path")
     if cfg.ckpt_path:
         _load_policy(policy, cfg.ckpt_path)
     sampling: SamplingConfig = instantiate(cfg.rollout, group_size=cfg.samples)
-    judges = Judges(instantiate(cfg.reward), data.reward_funcs)
-    judges.check(rows)
+    judge = RewardFunctions(cfg.judge) if cfg.judge else None
+    judges = Judges(instantiate(cfg.reward), data.reward_funcs) or Judges(judge)
+    for functions in (judges, judge):
+        if functions is not None:
+            functions.check(rows)
     tokenizer = tokenizer_for(policy, cli.build_tokenizer(cfg.tokenizer))
     candidate = Candidate(policy, tokenizer, judges, sampling, seed=cfg.seed)
     reference = opponent = None
@@ -81,7 +86,7 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
             greedy=cfg.greedy,
             reference=reference,
             against=opponent,
-            judge=RewardFunctions(cfg.judge) if cfg.judge else None,
+            judge=judge,
             record=lambda line: file.write(json.dumps(line, ensure_ascii=False) + "\n"),
         )
     sampled = {**asdict(sampling), "stop": list(sampling.stop)}
@@ -109,18 +114,24 @@ def _device(name: str | None) -> Any:
     import torch
 
     try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
+        found = torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found.item()  # that of meta holds nothing
+        return found.device
+    except Exception as error:  # each backend has its own for not being there
         raise InputError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _second_model(cfg: DictConfig, name: str) -> Any:
+    from lit_rlhf.models.loading import check_generates
+
     try:
-        return instantiate(cfg[name])
+        model = instantiate(cfg[name])
     except InstantiationException as error:  # it is loaded as `model` is, and says so
         if isinstance(error.__cause__, InputError):
             raise InputError(str(error.__cause__).replace("model.", f"{name}.")) from error
         raise
+    check_generates(model, f"{name}.path")
+    return model
 
 
 def _load_policy(policy: Any, ckpt_path: str) -> None:
@@ -130,13 +141,17 @@ def _load_policy(policy: Any, ckpt_path: str) -> None:
     prefix = "models.policy."
     saved = AtomicCheckpointIO().load_checkpoint(ckpt_path)["state_dict"]
     weights = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
-    try:
-        policy.load_state_dict(weights)
-    except RuntimeError as error:
+    own = policy.state_dict()
+    names = dict.fromkeys([*weights, *own])
+    different = [n for n in names if n not in own or n not in weights or own[n].shape != weights[n].shape]
+    if different:
+        adapted = any("lora_" in name for name in weights) and not any("lora_" in name for name in own)
+        give = "the settings of its adapters, model.lora.r=..." if adapted else "the model that the run began with"
         raise InputError(
-            f"ckpt_path: the policy in {ckpt_path} is no model like model.path; give the model that the run began with "
-            f"({str(error).splitlines()[-1].strip()})"
-        ) from error
+            f"ckpt_path: the policy in {ckpt_path} is no model like model.path; give {give} "
+            f"({len(different)} weights differ, the first is {different[0]})"
+        )
+    policy.load_state_dict(weights)
 
 
 def _described(cfg: DictConfig, policy: Any, settings: dict[str, Any]) -> dict[str, Any]:

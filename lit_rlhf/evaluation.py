@@ -224,7 +224,7 @@ def evaluate_rows(
         ks: of pass@k and maj@k, at most the candidate's `group_size`.
         batch_size: prompts at a time.
         greedy: decode every prompt greedily, too.
-        reference: a model to report the KL to.
+        reference: a model to report the KL to; at a temperature of 0 there is none.
         against: a second model, for the win rate.
         judge: what decides who wins; by default the reward.
         record: called with the dictionary of every completion.
@@ -239,7 +239,7 @@ def evaluate_rows(
         sampled = candidate.complete(some, first, ks)
         _add(figures, sampled, "sampled")
         _record(record, sampled, candidate, model="model", decoding="sampled")
-        if reference is not None:
+        if reference is not None and candidate.sampling.temperature > 0:
             kl = kl_to(reference, candidate, sampled.rollout)
             figures.add("kl_per_sequence", kl, len(some))
             figures.add("kl_per_token", kl, len(some), sampled.rollout.lengths)

@@ -15,9 +15,10 @@ from lit_rlhf.cli import primary
 from lit_rlhf.config import conf_dir, prepare_arguments
 from lit_rlhf.data.modules import RowsDataModule
 from lit_rlhf.errors import InputError
-from lit_rlhf.evaluate import check_evaluation, evaluate, main
+from lit_rlhf.evaluate import _load_policy, check_evaluation, evaluate, main
 from lit_rlhf.evaluation import Candidate, Figures, evaluate_rows, kl_to, wins
 from lit_rlhf.functional import mean_interval, rate_interval
+from lit_rlhf.models.loading import load_causal_lm
 from lit_rlhf.rewards import Judges, RewardFunctions, verifier
 from lit_rlhf.types import SamplingConfig
 from tests.helpers import NumberTokenizer, build, plain_logprobs, prompt_rows, sum_of_ids, tiny_model, trainer
@@ -299,6 +300,60 @@ def test_a_checkpoint_of_a_run(tmp_path):
         )
 
 
+def test_greedy_samples_have_no_kl(tmp_path):
+    settings = "samples=2", "limit=4", "reference.path=tiny", "rollout.max_new_tokens=3", "rollout.temperature=0"
+    found = values(evaluate(configured(*settings), tmp_path))
+    assert "accuracy_sampled" in found
+    assert not [name for name in found if name.startswith("kl_")]
+
+
+def no_verifier(tmp_path, **columns):
+    rows = [json.dumps({"prompt": f"{i}+1=", **columns}) + "\n" for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    of_file = "data=file", f"data.path={tmp_path}/rows.jsonl", "data.held_out=0", "rows=train"
+    return *of_file, "samples=2", "rollout.max_new_tokens=3", "against.path=tiny", "greedy=false"
+
+
+def test_a_judge_alone_is_the_reward(tmp_path):
+    judged = "judge=lit_rlhf.rewards.exact_match"
+    found = values(evaluate(configured(*no_verifier(tmp_path, answer="2"), judged), tmp_path))
+    assert {"win_rate", "reward_sampled", "rewards/exact_match_sampled"} <= found.keys()
+
+
+def test_a_judge_without_its_column_is_refused_before_anything_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(Candidate, "complete", lambda *_, **__: pytest.fail("sampled"))
+    arguments = "reward.funcs=[tests.helpers.sum_of_ids]", "judge=lit_rlhf.rewards.exact_match"
+    with pytest.raises(InputError, match=r"exact_match.*answer"):
+        evaluate(configured(*no_verifier(tmp_path), *arguments), tmp_path)
+
+
+def test_a_reward_model_is_no_policy(tmp_path):
+    from lit_rlhf.algorithms.reward_modeling import RewardModeling
+    from lit_rlhf.callbacks.hf_export import export
+
+    folder = tmp_path / "model"
+    export(RewardModeling(policy="tiny"), folder)
+    for name in ("model", "reference", "against"):
+        with pytest.raises(InputError, match=rf"^{name}\.path: .*model is a reward model \(LlamaForSequenceClass"):
+            evaluate(configured("limit=2", f"{name}.path={folder}"), tmp_path)
+    with pytest.raises(InputError, match=r"^model\.path: .*model is a reward model"):
+        GRPO(policy=str(folder))
+    RewardModeling(policy=str(folder))  # goes on from its trunk
+
+
+def test_weights_of_adapters_need_adapters(tmp_path):
+    adapted = load_causal_lm("tiny", lora={"r": 4})
+    saved = {f"models.policy.{name}": x for name, x in adapted.state_dict().items()}
+    torch.save({"state_dict": saved, "lit_rlhf": {}}, tmp_path / "lora.ckpt")
+    with pytest.raises(InputError) as caught:
+        _load_policy(load_causal_lm("tiny"), str(tmp_path / "lora.ckpt"))
+    assert "give the settings of its adapters, model.lora.r=... (" in str(caught.value)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(InputError, match=r"that the run began with \(\d+ weights differ, the first is \S+\)$"):
+        _load_policy(load_causal_lm("tiny", lora={"r": 8}), str(tmp_path / "lora.ckpt"))
+    _load_policy(load_causal_lm("tiny", lora={"r": 4}), str(tmp_path / "lora.ckpt"))
+
+
 # the command line
 
 
@@ -376,6 +431,7 @@ except SystemExit as stop:
         (["ckpt_path=nowhere.ckpt"], "ckpt_path: there is no file nowhere.ckpt"),
         (["reward.funcs=[nowhere.function]"], "reward function 'nowhere.function': there is no module"),
         (["device=gpu9"], "device=gpu9 cannot be used here: "),
+        (["device=meta"], "device=meta cannot be used here: "),
         (["plugins=[nowhere]"], "plugins: there is no module 'nowhere'"),
     ],
 )

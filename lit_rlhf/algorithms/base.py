@@ -17,7 +17,7 @@ from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import Cells, MaskedStats
 from lit_rlhf.models.adapters import is_adapted, lora_settings, merged
-from lit_rlhf.models.loading import end_tokens, max_positions
+from lit_rlhf.models.loading import check_generates, end_tokens, max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.ranks import gather_objects
 from lit_rlhf.rewards import Judges, RewardFunctions, reward_functions
@@ -74,6 +74,7 @@ class RLHFModule(LightningModule):
     progress_keys: ClassVar[tuple[str, ...]] = ("loss/loss",)  # shown in the progress bar
     learns_from_feedback: ClassVar[bool] = True  # imitation takes other learning rates
     completion_columns: ClassVar[tuple[str, ...]] = ()  # of the data, that it trains on; none where it samples its own
+    generates: ClassVar[bool] = True  # its policy is a language model to the end, and no trunk alone
     exports_adapter: ClassVar[bool] = True  # with LoRA: the adapter is all that was learnt
     usual_lr: ClassVar[float | None] = None  # of whole models, where it does not follow from the policy's size
 
@@ -107,6 +108,8 @@ class RLHFModule(LightningModule):
         check_choice("algo.lr_schedule", lr_schedule, DECAY)
         self.tokenizer = tokenizer_for(policy, tokenizer)
         self.models = PolicyReferenceValue(policy, reference=reference, value=value, value_std=value_std)
+        if self.generates:
+            check_generates(self.models.policy)
         self.lr = lr or default_lr(self.models.policy, self.usual_lr)
         if self.learns_from_feedback:
             check_learning_rate(lr, self.models.policy)

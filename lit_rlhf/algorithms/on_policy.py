@@ -433,6 +433,13 @@ class OnPolicyModule(RLHFModule):
         self.loop.prompts_seen += count * self.world_size
         return self.prompts.take(start + self.rank * count, count)
 
+    def setup(self, stage: str) -> None:
+        """See `RLHFModule.setup`; rows that the curriculum cannot be of are refused before anything is sampled."""
+        super().setup(stage)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.curriculum.kind != "none" and self.rewards is not None and hasattr(data, "rows_of"):
+            self.curriculum.check(self.rewards, data.rows_of(0))
+
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> RolloutLoader:
         """The lazy view of the rollouts, whose prompts are the shuffled rows of pass 0, or the curriculum's."""
         check_loop(self)

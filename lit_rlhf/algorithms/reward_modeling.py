@@ -45,6 +45,7 @@ class RewardModeling(PreferenceModule):
     samples_in_validation = False
     usual_lr = 1e-5
     exports_adapter = False  # the head would be missing
+    generates: ClassVar[bool] = False  # it goes on from the trunk of a reward model, too
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {
         f"preference/{side}_reward": ("mean", "std") for side in ("chosen", "rejected")
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 _ROLLOUTS = 25
 
@@ -38,7 +39,13 @@ class RolloutCheckpoint(ModelCheckpoint):
             self._every_n_epochs = 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the run, unless it has just been saved."""
+        """Save the end of the run, unless it has just been saved; say so where what to monitor was never logged."""
         super().on_train_end(trainer, pl_module)
+        if self.monitor is not None and not self.best_model_path:
+            logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            rank_zero_warn(
+                f"{self.filename}.ckpt was not saved: {self.monitor} was never logged while training, "
+                f"which takes a validation that measures it; validation logged {logged or 'nothing'}"
+            )
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -71,6 +71,17 @@ def load_causal_lm(
     return disable_dropout(model)
 
 
+def check_generates(model: Any, key: str = "model.path") -> None:
+    """Raise an `InputError` where `model` was loaded from a folder whose weights classify sequences, a reward model."""
+    config: Any = getattr(model, "config", None)
+    for name in getattr(config, "architectures", None) or ():
+        if name.endswith("ForSequenceClassification"):
+            raise InputError(
+                f"{key}: {getattr(model, 'name_or_path', '')} is a reward model ({name}), whose language-model head "
+                "nobody trained; give a causal language model"
+            )
+
+
 def load_reward_model(
     path: str | Path, *, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
 ) -> nn.Module:

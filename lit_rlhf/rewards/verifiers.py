@@ -67,7 +67,7 @@ def numeric_answer(completions: Sequence[str], answer: Sequence[Any], **_: Any) 
     return [None if right is None else float(final_number(text) == right) for text, right in pairs]
 
 
-@verifier
+@verifier(answer=lambda completion: _final_expression(completion))
 def math_expression(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
     r"""Return 1.0 where the completion's final expression equals the answer, as the library math-verify decides.
 
@@ -85,6 +85,19 @@ def math_expression(completions: Sequence[Any], answer: Sequence[Any], **_: Any)
         gold = golds.get(str(right), [])
         found.append(float(_in_time(partial(_equal, gold, text), False)) if gold else None)
     return found
+
+
+def _final_expression(text: str) -> str | None:
+    r"""What the text arrives at, in the one way that sympy writes it: 1/2 of `0.5` and of `x = \frac{2}{4}`."""
+
+    def written() -> str | None:
+        found = _expressions(text)
+        if not found:
+            return None
+        equation = type(found[0]).__name__ == "Equality" and found[0].lhs.is_Symbol
+        return str(found[0].rhs if equation else found[0])
+
+    return _in_time(written, None)
 
 
 def _gold(right: str) -> list[Any]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.metrics import Cells
 from lit_rlhf.ranks import gather_objects
+from lit_rlhf.rewards import RewardFunctions
 from lit_rlhf.rollouts.loader import PromptStream
 from lit_rlhf.rollouts.random import mix_seed, uniforms
 from lit_rlhf.text import Text
@@ -157,26 +158,34 @@ class SuccessCurriculum:
         """The sequence of prompts that `module` draws its rollouts from.
 
         Raises:
-            InputError: no reward function is a verifier, or the rows have no column of levels of that name.
+            InputError: see `check`.
         """
         if self.kind == "none":
             return PromptStream(rows, module.encode_prompt, module.seed)
         assert module.rewards is not None
-        if module.rewards.accuracy(torch.zeros(0, len(module.rewards.names))) is None:
-            raise InputError(
-                "algo.curriculum=success_rate needs a verifier, and none of the reward functions is one "
-                f"({', '.join(module.rewards.names)}); mark yours with @lit_rlhf.rewards.verifier, or add one such as "
-                "lit_rlhf.rewards.exact_match, by reward.weights with weight 0 if it is not to be trained on"
-            )
-        if self.column is not None and self.column not in rows[0]:
-            raise InputError(
-                f"algo.curriculum_level={self.column}: the rows have no such column; they have {', '.join(rows[0])}"
-            )
+        self.check(module.rewards, rows)
         names = ["" if self.column is None else str(row.get(self.column)) for row in rows]
         self._levels = list(dict.fromkeys(names))
         place = {name: i for i, name in enumerate(self._levels)}
         self._level_of, self._seed = torch.tensor([place[name] for name in names]), module.seed
         return CurriculumStream(rows, module.encode_prompt, lambda i: self._row(self._state(module.loop), i))
+
+    def check(self, rewards: RewardFunctions, rows: Sequence[Row]) -> None:
+        """Look for what can be known before anything is sampled.
+
+        Raises:
+            InputError: no reward function is a verifier, or the rows have no column of levels of that name.
+        """
+        if rewards.accuracy(torch.zeros(0, len(rewards.names))) is None:
+            raise InputError(
+                "algo.curriculum=success_rate needs a verifier, and none of the reward functions is one "
+                f"({', '.join(rewards.names)}); mark yours with @lit_rlhf.rewards.verifier, or add one such as "
+                "lit_rlhf.rewards.exact_match, by reward.weights with weight 0 if it is not to be trained on"
+            )
+        if self.column is not None and rows and self.column not in rows[0]:
+            raise InputError(
+                f"algo.curriculum_level={self.column}: the rows have no such column; they have {', '.join(rows[0])}"
+            )
 
     def _state(self, loop: LoopState) -> CurriculumState:
         """The run's, which begins with nothing known.

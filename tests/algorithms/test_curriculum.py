@@ -9,12 +9,13 @@ from lit_rlhf.algorithms.importance_sampling import ImportanceSampling
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.reinforce import REINFORCE
 from lit_rlhf.algorithms.remax import ReMax
+from lit_rlhf.data.modules import RowsDataModule
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards import verifier
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.ranks import assert_same_run, reported, run, start_of
 from tests.algorithms.resuming import SaveAt, assert_same, everything, fit_of, loop_in
-from tests.helpers import build, prompt_rows, tiny_model
+from tests.helpers import build, prompt_rows, tiny_model, trainer
 
 
 @verifier
@@ -137,3 +138,11 @@ def test_two_ranks_of_dynamic_sampling_know_the_same_and_draw_no_row_twice(tmp_p
     tries = first["loop"]["curriculum"]["rows"]["tries"]
     assert tries.max() == 2
     assert tries.sum() == 2 * first["loop"]["prompts_seen"] > 2 * 4
+
+
+def test_levels_that_the_rows_do_not_have_are_told_before_the_first_validation():
+    module = build(GRPO, tiny_model(), **SIZES, **{**CURRICULUM, "curriculum_level": "grade"}, group_size=2)
+    module.validation_step = lambda *_: pytest.fail("validated")
+    data = RowsDataModule(rows_of(), prompt_rows(2))
+    with pytest.raises(InputError, match=r"algo.curriculum_level=grade: the rows have no such column; they have"):
+        trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)

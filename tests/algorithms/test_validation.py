@@ -213,3 +213,14 @@ def test_the_real_accuracy_can_be_monitored(tmp_path):
     fitter.fit(module, datamodule=RowsDataModule(prompt_rows(8), prompt_rows(4), [even]))
     assert 0 <= float(plain.best_model_score) <= 1
     assert (tmp_path / "best.ckpt").is_file()
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_a_figure_that_was_never_logged_is_named_at_the_end(tmp_path, held_out):
+    best = RolloutCheckpoint(dirpath=tmp_path, monitor="val/accuracy", filename="best", save_last=False)
+    module = build(GRPO, tiny_model(), group_size=2, prompts_per_rollout=2, sampling=FEW)
+    fitter = trainer(epochs=1, callbacks=[best], enable_checkpointing=True, limit_val_batches=1.0)
+    logged = "val/response_length_greedy, .*" if held_out else "nothing"
+    with pytest.warns(UserWarning, match=rf"^best.ckpt was not saved: val/accuracy was never .*logged .*{logged}$"):
+        fitter.fit(module, datamodule=RowsDataModule(prompt_rows(8), prompt_rows(held_out), [even]))
+    assert not list(tmp_path.iterdir())

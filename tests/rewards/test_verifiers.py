@@ -180,3 +180,10 @@ def test_messages_are_read_whole():
     assert text_of([{"content": "4"}, {"content": None}, {"content": "2"}]) == "42"
     assert exact_match(completions=[chat(" 42 ")], answer=[42]) == [1.0]
     assert numeric_answer(completions=[chat("#### 42.0")], answer=["42"]) == [1.0]
+
+
+def test_what_votes_with_math_expression_is_the_expression_and_not_the_reasoning():
+    pytest.importorskip("math_verify")
+    said = ["Half of it, so $0.5$", r"First $3$, then $x = \frac{2}{4}$", "$3/5$", "I do not know"]
+    found = [math_expression.answer(text) for text in said]
+    assert found == ["1/2", "1/2", "3/5", None]
