@@ -314,12 +314,6 @@ def no_verifier(tmp_path, **columns):
     return *of_file, "samples=2", "rollout.max_new_tokens=3", "against.path=tiny", "greedy=false"
 
 
-def test_a_judge_alone_is_the_reward(tmp_path):
-    judged = "judge=lit_rlhf.rewards.exact_match"
-    found = values(evaluate(configured(*no_verifier(tmp_path, answer="2"), judged), tmp_path))
-    assert {"win_rate", "reward_sampled", "rewards/exact_match_sampled"} <= found.keys()
-
-
 def test_a_judge_without_its_column_is_refused_before_anything_is_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr(Candidate, "complete", lambda *_, **__: pytest.fail("sampled"))
     arguments = "reward.funcs=[tests.helpers.sum_of_ids]", "judge=lit_rlhf.rewards.exact_match"
