@@ -20,7 +20,7 @@ from lit_rlhf.models.adapters import is_adapted, lora_settings, merged
 from lit_rlhf.models.loading import check_generates, end_tokens, max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.ranks import gather_objects
-from lit_rlhf.rewards import Judges, RewardFunctions, reward_functions
+from lit_rlhf.rewards import DataRewards, Judges, RewardFunctions, reward_functions
 from lit_rlhf.rollouts.engines import RolloutEngine
 from lit_rlhf.rollouts.loader import PromptLoader, step_counts
 from lit_rlhf.rollouts.sampler import TRAINING, default_engine, sample_and_score
@@ -37,7 +37,7 @@ class ModuleArgs(TypedDict, total=False):
 
     policy: nn.Module | str | Path
     tokenizer: Any
-    reward_funcs: RewardFunctions | Sequence[RewardFunction | str] | None
+    reward_funcs: RewardFunctions | DataRewards | Sequence[RewardFunction | str] | None
     reward_weights: Sequence[float] | None
     sampling: SamplingConfig | Mapping[str, Any] | None
     engine: RolloutEngine | None
@@ -83,7 +83,7 @@ class RLHFModule(LightningModule):
         *,
         policy: nn.Module | str | Path = "tiny",
         tokenizer: Any = None,
-        reward_funcs: RewardFunctions | Sequence[RewardFunction | str] | None = None,
+        reward_funcs: RewardFunctions | DataRewards | Sequence[RewardFunction | str] | None = None,
         reward_weights: Sequence[float] | None = None,
         sampling: SamplingConfig | Mapping[str, Any] | None = None,
         engine: RolloutEngine | None = None,
@@ -118,7 +118,9 @@ class RLHFModule(LightningModule):
         self.weight_decay, self.betas = weight_decay, (betas[0], betas[1])
         self.validation_samples, self.seed = validation_samples, seed
         self.sampling = SamplingConfig(**sampling) if isinstance(sampling, Mapping) else sampling or SamplingConfig()
-        self.rewards = reward_functions(reward_funcs, reward_weights)
+        given = reward_functions(reward_funcs, reward_weights)
+        self.rewards = given if isinstance(given, RewardFunctions) else None
+        self.reward_timeout = given.timeout  # seconds, of the data module's own, too
         self.judges = Judges(self.rewards)  # and, from `setup` on, the data module's own: validation scores with them
         self.encoder = Encoder(self.tokenizer, end_tokens(self.models.policy, self.tokenizer))
         self.engine = engine or default_engine(self.models.policy, self.tokenizer, self.sampling.stop)
@@ -324,7 +326,7 @@ class RLHFModule(LightningModule):
         """Take the data module's reward functions: to train on where none were given, and to judge by in any case."""
         own = getattr(getattr(self.trainer, "datamodule", None), "reward_funcs", ())
         if self.rewards is None and own:
-            self.rewards = RewardFunctions(own)
+            self.rewards = RewardFunctions(own, timeout=self.reward_timeout)
         self.judges = Judges(self.rewards, own)
 
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> Any:

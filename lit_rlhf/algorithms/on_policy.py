@@ -36,6 +36,7 @@ from lit_rlhf.algorithms.on_policy_stats import (
     sample_stats,
     tell,
     update_stats,
+    warn_of_no_rewards,
 )
 from lit_rlhf.algorithms.reward_scaling import RewardArgs, RewardScaling
 from lit_rlhf.algorithms.target_kl import TargetKL
@@ -196,6 +197,7 @@ class OnPolicyModule(RLHFModule):
         self.loop.numbers.pop("stopped", None)
         with self._precision():
             rollout = self.score_rollout(self.gather(prompts))
+        warn_of_no_rewards(self, rollout)
         experience = self.experience(rollout)
         self.count(self.curriculum.update(self.loop))
         self.clock["rollout"] += time.perf_counter() - started

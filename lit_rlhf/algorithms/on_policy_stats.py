@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.functional.policy_losses import policy_ratio
 from lit_rlhf.metrics import Cells
 from lit_rlhf.models.scoring import Scores
+from lit_rlhf.ranks import sum_over_ranks
 from lit_rlhf.rewards import TrainerState
 from lit_rlhf.rollouts.dynamic_sampling import alone, informative
 from lit_rlhf.rollouts.importance import IMPORTANCE_STATS
@@ -75,11 +78,20 @@ def tell(module: OnPolicyModule, prompts: PromptBatch) -> None:
     """Tell the reward functions where training stands when these prompts are sampled."""
     if module.rewards is None:
         return
-    passes = 0.0
+    passes, epochs, steps = 0.0, 0, module.total_steps
     if module.prompts is not None:
-        first = prompts.index[0] - module.rank * len(prompts)  # of all ranks
-        passes = first / len(module.prompts.rows)
-    module.rewards.trainer_state = TrainerState(module.global_step, passes, module.total_steps or -1)
+        count = len(module.prompts.rows)
+        passes = (prompts.index[0] - module.rank * len(prompts)) / count  # of all ranks
+        if steps is not None:
+            steps_of_rollout = -(-int(module.trainer.num_training_batches) // module.accumulate)
+            epochs = math.ceil(steps * module.prompts_per_rollout / (steps_of_rollout * count))
+    module.rewards.trainer_state = TrainerState(
+        global_step=module.global_step,
+        epoch=passes,
+        max_steps=steps or -1,
+        num_train_epochs=epochs,
+        is_world_process_zero=module.rank == 0,
+    )
 
 
 def count_rewards(module: OnPolicyModule, sampled: ScoredRollout) -> None:
@@ -91,6 +103,17 @@ def count_rewards(module: OnPolicyModule, sampled: ScoredRollout) -> None:
     module.count({name: (x, ~x.isnan()) for name, x in zip(names, sampled.reward_parts.unbind(1), strict=True)})
     logged = {f"rewards/{name}": torch.tensor(values) for name, values in module.rewards.metrics.items()}
     module.count({name: (values, ~values.isnan()) for name, values in logged.items()})
+
+
+def warn_of_no_rewards(module: OnPolicyModule, rollout: ScoredRollout) -> None:
+    """Warn where no completion of a rollout has a reward, on any rank: nothing is learnt from it."""
+    if not bool(sum_over_ranks((~rollout.raw_rewards.isnan()).sum())) and module.rank == 0 and module.rewards:
+        names = ", ".join(module.rewards.names)
+        warnings.warn(
+            f"no completion of a rollout has a reward, and nothing is learnt from it: the reward functions ({names}) "
+            "returned None for every one, but for those of weight 0",
+            stacklevel=2,
+        )  # Python shows it once
 
 
 def rollout_stats(batch: Experience) -> dict[str, tuple[Tensor | float, Tensor | None]]:

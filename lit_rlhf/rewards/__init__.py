@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lit_rlhf.rewards.functions import RewardFunctions, TrainerState, reward_functions, verifier
+from lit_rlhf.rewards.functions import DataRewards, RewardFunctions, TrainerState, reward_functions, verifier
 from lit_rlhf.rewards.judges import Judges
 from lit_rlhf.rewards.shaping import cosine_length, overlong, regex_format, repetition_penalty
 from lit_rlhf.rewards.verifiers import exact_match, final_number, math_expression, numeric_answer, text_of
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lit_rlhf.rewards.models import RewardModel
 
 __all__ = [
+    "DataRewards",
     "Judges",
     "RewardFunctions",
     "RewardModel",

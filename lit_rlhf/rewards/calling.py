@@ -40,6 +40,11 @@ def call(fn: RewardFunction, name: str, offered: Mapping[str, Any], timeout: flo
         raise InputError(_raised(name, error)) from error
 
 
+def answer(prompt: Any, text: str) -> Any:
+    """A completion as functions are handed it: of a prompt of chat messages one, too."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def wanted(fn: RewardFunction, name: str, offered: Collection[str]) -> list[str]:
     """Those of the keywords offered that a function is called with.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.errors import InputError, check_number
-from lit_rlhf.rewards.calling import LARGEST, TOLD, awaited, call, numbers, wanted
+from lit_rlhf.rewards.calling import LARGEST, TOLD, answer, awaited, call, numbers, wanted
 from lit_rlhf.rewards.resolving import SCORED, RewardFunction, name_of, resolve, unique, unwrapped
 from lit_rlhf.types import Row
 
@@ -46,11 +46,21 @@ def _marked(fn: F, answer: Callable[[str], Hashable | None] | None) -> F:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where training stands, for reward functions that name `trainer_state`."""
+    """Where training stands, for reward functions that name `trainer_state`: these fields of Transformers' own."""
 
     global_step: int = 0  # optimiser steps taken
     epoch: float = 0.0  # passes over the prompts
     max_steps: int = -1  # optimiser steps of the whole run; -1 where its end is not known
+    num_train_epochs: int = 0  # passes over the prompts, begun ones too, of the whole run; 0 where not known
+    is_world_process_zero: bool = True
+
+
+class DataRewards:
+    """Stands for the data module's own reward functions, where no others are given."""
+
+    def __init__(self, timeout: float | None = TIMEOUT) -> None:
+        check_timeout(timeout)
+        self.timeout = timeout
 
 
 class RewardFunctions:
@@ -59,9 +69,9 @@ class RewardFunctions:
     A reward function has TRL's signature, `fn(prompts, completions, completion_ids=None, **columns) ->
     list[float | None]`, one number per completion; `None` says that it does not apply to that row. It is
     called with keywords, and only with those it names unless it takes `**kwargs`: `prompts`, `completions`,
-    `completion_ids`, the dataset's columns but `prompt`, `trainer_state`, `log_metric(name, value)` and
-    `log_extra(column, values)`. Where a prompt is a list of chat messages its completion is one, too:
-    `[{"role": "assistant", "content": text}]`. Asynchronous functions run at the same time.
+    `completion_ids`, the dataset's columns but `prompt`, `completion` and its ids, `trainer_state`,
+    `log_metric(name, value)` and `log_extra(column, values)`. Where a prompt is a list of chat messages its completion
+    is one, too: `[{"role": "assistant", "content": text}]`. Asynchronous functions run at the same time.
 
     Args:
         funcs: one or several of: a function, an object or a class that can be called; an import string
@@ -104,7 +114,7 @@ class RewardFunctions:
         given: list[Any] = [funcs] if one else list(funcs)  # type: ignore[arg-type]
         if not given:
             raise InputError("reward functions: at least one is needed, got none")
-        check_number("reward.timeout", 1.0 if timeout is None else timeout, above=0)
+        check_timeout(timeout)
         self.funcs = [resolve(fn) for fn in given]
         self.names = unique([name_of(fn) for fn in self.funcs])
         self.weights, self.timeout = _check_weights(weights, self.names), timeout
@@ -136,9 +146,8 @@ class RewardFunctions:
                 than N finite numbers or `None`s.
         """
         self.metrics, self.extras = {}, {}
-        pairs = zip(prompts, completions, strict=True)
-        answers = [text if isinstance(p, str) else [{"role": "assistant", "content": text}] for p, text in pairs]
-        offered: dict[str, Any] = {name: values for name, values in columns.items() if name != "prompt"}
+        answers = [answer(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        offered: dict[str, Any] = {name: columns[name] for name in _offered(columns)}
         offered |= {"prompts": list(prompts), "completions": answers, "completion_ids": list(completion_ids)}
         returned = self._returned(offered)
         rewards = [numbers(found, len(completions), name) for name, found in returned.items()]
@@ -183,11 +192,10 @@ class RewardFunctions:
         """
         if not rows:
             return
-        columns = [name for name in rows[0] if name != "prompt"]
         for fn, name in zip(self.funcs, self.names, strict=True):
-            wanted(fn, name, [*columns, *SCORED, *TOLD])
-            if hasattr(fn, "check_prompt"):
-                fn.check_prompt(rows[0]["prompt"])
+            wanted(fn, name, [*_offered(rows[0]), *SCORED, *TOLD])
+            if hasattr(fn, "check_prompts"):
+                fn.check_prompts([row["prompt"] for row in rows])
 
     def to(self, device: torch.device | str) -> RewardFunctions:
         """Move the reward models to `device`."""
@@ -204,28 +212,40 @@ class RewardFunctions:
         return None
 
 
+def _offered(columns: Iterable[str]) -> list[str]:
+    """The columns of the data that functions are offered, as in TRL: none that says the same of another completion."""
+    return [name for name in columns if name not in ("prompt", "completion", "completion_ids")]
+
+
 def solved(score: Tensor) -> Tensor:
     """1 for a score of 1 and 0 for less, such as part of the points for an answer that is nearly right; NaN stays."""
     return torch.where(score.isnan(), score, (score >= 1).to(score.dtype))
 
 
 def reward_functions(
-    funcs: RewardFunctions | Described | Sequence[Described] | None,
+    funcs: RewardFunctions | DataRewards | Described | Sequence[Described] | None,
     weights: Sequence[float] | None = None,
     timeout: float | None = TIMEOUT,
-) -> RewardFunctions | None:
-    """Whatever describes rewards, as `RewardFunctions`; `None` where nothing is given.
+) -> RewardFunctions | DataRewards:
+    """Whatever describes rewards, as `RewardFunctions`; `DataRewards` where nothing is given.
 
     Raises:
         InputError: see `RewardFunctions`; also for weights without functions, or beside those that have their own.
     """
-    if weights is not None and funcs is None:
+    if weights is not None and (funcs is None or isinstance(funcs, DataRewards)):
         raise InputError("reward weights: there are no reward functions to weight; give those too")
     if weights is not None and isinstance(funcs, RewardFunctions):
         raise InputError("reward weights belong to funcs: give them to RewardFunctions(funcs, weights)")
-    if funcs is None or isinstance(funcs, RewardFunctions):
+    if funcs is None:
+        return DataRewards(timeout)
+    if isinstance(funcs, RewardFunctions | DataRewards):
         return funcs
     return RewardFunctions(funcs, weights, timeout)
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Refuse a timeout that is neither None nor a positive number."""
+    check_number("reward.timeout", 1.0 if timeout is None else timeout, above=0)
 
 
 def _check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float]:

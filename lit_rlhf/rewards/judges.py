@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rlhf.rewards.functions import RewardFunctions, solved
+from lit_rlhf.rewards.functions import TIMEOUT, DataRewards, RewardFunctions, solved
 from lit_rlhf.rewards.resolving import RewardFunction, unique, unwrapped
 from lit_rlhf.types import Row
 
@@ -20,7 +20,7 @@ class Judges:
     are right where the data can tell.
 
     Args:
-        rewards: the reward functions; without any the verifiers take their place.
+        rewards: the reward functions; without any the verifiers take their place. Their timeout is the verifiers', too.
         verifiers: the data module's own reward functions; those that `rewards` has already are left out.
 
     Attributes:
@@ -35,11 +35,15 @@ class Judges:
     (tensor([-1., -2.]), tensor([1., 0.]))
     """
 
-    def __init__(self, rewards: RewardFunctions | None, verifiers: Sequence[RewardFunction | str] = ()) -> None:
+    def __init__(
+        self, rewards: RewardFunctions | DataRewards | None, verifiers: Sequence[RewardFunction | str] = ()
+    ) -> None:
+        timeout = TIMEOUT if rewards is None else rewards.timeout
+        rewards = rewards if isinstance(rewards, RewardFunctions) else None
         known = [] if rewards is None else [unwrapped(fn) for fn in rewards.funcs]
         extra = [fn for fn in RewardFunctions(verifiers).funcs if unwrapped(fn) not in known] if verifiers else []
         self.scored_by = [] if rewards is None else [rewards]
-        self.scored_by += [RewardFunctions(extra)] if extra else []
+        self.scored_by += [RewardFunctions(extra, timeout=timeout)] if extra else []
         self.names = unique([name for functions in self.scored_by for name in functions.names])
 
     def __bool__(self) -> bool:

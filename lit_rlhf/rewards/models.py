@@ -19,6 +19,7 @@ from lit_rlhf.models.loading import (
     max_positions,
     with_declared,
 )
+from lit_rlhf.rewards.calling import answer
 from lit_rlhf.text import encode_completions, encode_prompts, with_own_pad_token
 from lit_rlhf.types import pad_right
 
@@ -92,13 +93,15 @@ class RewardModel:
         self.model.to(device)
         return self
 
-    def check_prompt(self, prompt: Any) -> None:
-        """Raise an `InputError` for a prompt of chat messages where the tokenizer has no chat template."""
-        if not isinstance(prompt, str) and not getattr(self.tokenizer, "chat_template", None):
+    def check_prompts(self, prompts: Sequence[Any]) -> None:
+        """Raise an `InputError` for what is known to be refused before anything is sampled: see `encode`."""
+        chats = any(not isinstance(prompt, str) for prompt in prompts)
+        if chats and not getattr(self.tokenizer, "chat_template", None):
             raise InputError(
                 f"reward model {self.__name__}: prompts are chat messages, and its tokenizer has no chat template; set "
                 "tokenizer.chat_template, or give plain texts"
             )
+        self.encode(prompts, [answer(prompt, "") for prompt in prompts])
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         """The reward of each of the N completions."""

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from lit_rlhf.errors import InputError
 
 RewardFunction = Callable[..., Any]
+_FILE = re.compile(r"(?P<file>.+)\.py(?:$|[:./]+(?P<name>\w*)$)")  # what people write for a function of a file
 SCORED = ("prompts", "completions", "completion_ids")
 
 
@@ -43,6 +45,12 @@ def imported(path: str) -> Any:
     Raises:
         InputError: there is none; the nearest that there is, is named.
     """
+    if file := _FILE.match(path):
+        module_name = ".".join(part for part in Path(file["file"]).parts if part not in (".", "..", "/"))
+        raise InputError(
+            f"reward function {path!r} is a file and no import string: write "
+            f"'{module_name}.{file['name'] or 'my_function'}', without .py"
+        )
     module_name, _, name = path.rpartition(".")
     if not module_name or not name or path.startswith("."):
         raise InputError(f"reward function {path!r} is no import string: write 'my_file.my_function'")
@@ -97,7 +105,7 @@ def unique(names: Sequence[str]) -> list[str]:
 
 
 def _is_model(name: str) -> bool:
-    return "/" in name or Path(name).is_dir()
+    return ("/" in name and not _FILE.match(name)) or Path(name).is_dir()
 
 
 def _of_node(node: Mapping[str, Any]) -> RewardFunction:

@@ -9,9 +9,11 @@ import re
 import threading
 import time
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
+from transformers import TrainerState as TransformersState
 
 from lit_rlhf import GRPO
 from lit_rlhf.data import RowsDataModule
@@ -93,15 +95,36 @@ def test_the_state_of_training_is_told():
     seen = []
 
     def look(trainer_state, completions, **kwargs):
-        seen.append((trainer_state.global_step, trainer_state.epoch, trainer_state.max_steps))
+        assert trainer_state.is_world_process_zero
+        state = trainer_state
+        seen.append((state.global_step, state.epoch, state.max_steps, state.num_train_epochs))
         return [0.0] * len(completions)
 
     rows = [{"prompt": f"{2 + i}"} for i in range(8)]
     sizes = {"group_size": 2, "prompts_per_rollout": 4, "minibatches": 2, "sampling": SamplingConfig(max_new_tokens=3)}
     module = GRPO(policy=tiny_model(), tokenizer=NumberTokenizer(), reward_funcs=[look], **sizes)
     trainer(max_epochs=3).fit(module, datamodule=RowsDataModule(rows))
-    assert seen == [(0, 0.0, 6), (2, 0.5, 6), (4, 1.0, 6)]
-    assert RewardFunctions(look).trainer_state == TrainerState(0, 0.0, -1)
+    assert seen == [(0, 0.0, 6, 2), (2, 0.5, 6, 2), (4, 1.0, 6, 2)]  # one and a half passes: the second is begun
+    assert RewardFunctions(look).trainer_state == TrainerState(0, 0.0, -1, 0)
+    assert {field.name for field in fields(TrainerState)} <= {field.name for field in fields(TransformersState)}
+
+
+@pytest.mark.parametrize(("weights", "applies"), [([1.0, 0.0], False), ([1.0, 1.0], True)])
+def test_a_rollout_without_any_reward_is_warned_of(weights, applies):
+    def never(completions, **kwargs):
+        return [None] * len(completions)
+
+    def once(completions, **kwargs):
+        return [1.0] + [None] * (len(completions) - 1)
+
+    sizes = {"group_size": 2, "prompts_per_rollout": 4, "sampling": SamplingConfig(max_new_tokens=3)}
+    sizes |= {"policy": tiny_model(), "tokenizer": NumberTokenizer(), "reward_weights": weights}
+    module = GRPO(reward_funcs=[never, once], **sizes)
+    with warnings.catch_warnings(record=True) as caught:
+        trainer(max_epochs=2).fit(module, datamodule=RowsDataModule([{"prompt": f"{2 + i}"} for i in range(8)]))
+    sentences = [str(w.message) for w in caught if "no completion of a rollout has a reward" in str(w.message)]
+    assert bool(sentences) is not applies
+    assert all("the reward functions (never, once) returned None" in sentence for sentence in sentences)
 
 
 # what they may be

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.rewards import RewardFunctions, exact_match, numeric_answer, reward_functions, verifier
+from lit_rlhf.rewards import DataRewards, RewardFunctions, exact_match, numeric_answer, reward_functions, verifier
 
 PROMPTS, COMPLETIONS, IDS = ["1+1=", "1+2=", "1+3="], ["2", "3", "5"], [[1], [2], [3]]
 COLUMNS = {"prompt": PROMPTS, "answer": ["2", "3", "4"], "level": [1, 2, 3]}
@@ -198,7 +198,35 @@ def test_weights_that_weight_nothing_are_refused():
     with pytest.raises(InputError, match="reward weights belong to funcs"):
         reward_functions(RewardFunctions(exact_match), [2.0])
     assert reward_functions(exact_match, [2.0]).weights == [2.0]
-    assert reward_functions(None) is None
+    with pytest.raises(InputError, match="reward weights: there are no reward functions to weight"):
+        reward_functions(DataRewards(), [1.0])
+
+
+def test_a_timeout_without_functions_is_kept():
+    assert reward_functions(None).timeout == 300
+    assert reward_functions(reward_functions(None, timeout=0.5)).timeout == 0.5
+    with pytest.raises(InputError, match=r"reward\.timeout must be above 0, got -1"):
+        reward_functions(None, timeout=-1)
+
+
+def test_the_datas_own_completions_are_no_columns():
+    """As in TRL: a function that names one of them would read another completion than it scores."""
+    seen = {}
+
+    def everything(completions, **kwargs):
+        seen.update(kwargs)
+        return [0, 0, 0]
+
+    def reads(completions, completion):
+        return [0, 0, 0]
+
+    row = {"prompt": "p", "completion": "c", "completion_ids": [9], "answer": "1"}
+    rewards = RewardFunctions(everything)
+    rewards(PROMPTS, COMPLETIONS, IDS, {name: [value] * 3 for name, value in row.items()})
+    assert (seen["completion_ids"], "completion" in seen) == (IDS, False)
+    rewards.check([row])
+    with pytest.raises(InputError, match="reads needs 'completion', which the data does not have; it has answer, comp"):
+        RewardFunctions(reads).check([row])
 
 
 class Judge:
@@ -279,6 +307,10 @@ def test_functions_are_imported_from_the_current_directory():
         ("user_needs.reward", "user_needs cannot be imported, No module named 'surely_not_installed'"),
         ("brevity", "'brevity' is no import string: write 'my_file.my_function'"),
         (".brevity", "is no import string"),
+        ("./user_rewards.py", "is a file and no import string: write 'user_rewards.my_function', without .py"),
+        ("user_rewards.py", "write 'user_rewards.my_function', without .py"),
+        ("user_rewards.py:brevity", "write 'user_rewards.brevity', without .py"),
+        ("rewards/mine.py.ok", "write 'rewards.mine.ok', without .py"),
         ("user_rewards.", "is no import string"),
     ],
 )

@@ -6,7 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from lit_rlhf.rewards import Judges, RewardFunctions, exact_match, numeric_answer, verifier
+from lit_rlhf import GRPO
+from lit_rlhf.data import RowsDataModule
+from lit_rlhf.rewards import DataRewards, Judges, RewardFunctions, exact_match, numeric_answer, verifier
+from tests.helpers import NumberTokenizer, pretend_trainer, tiny_model
 
 ROWS = (["1+1=", "1+2="], [" 2", "is 4"], [[5], [7, 7]], {"answer": ["2", "3"]})
 
@@ -98,6 +101,19 @@ def test_a_verifier_says_what_the_answer_is():
     judges = Judges(None, [last_letter])
     assert judges.answers(["xb", ""]) == ["b", None]
     assert judges.accuracy(judges(["", ""], ["xb", ""], [[1], [1]], {})[1]).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("given", ["functions", "none"])
+def test_the_verifiers_have_the_timeout_of_the_rewards(given):
+    rewards = RewardFunctions([short], timeout=0.5) if given == "functions" else DataRewards(timeout=0.5)
+    assert [functions.timeout for functions in Judges(rewards, [exact_match]).scored_by][-1] == 0.5
+    module = GRPO(policy=tiny_model(), tokenizer=NumberTokenizer(), reward_funcs=rewards)
+    pretend_trainer(module)._trainer.datamodule = RowsDataModule(
+        [{"prompt": "5", "answer": "6"}], reward_funcs=[exact_match]
+    )
+    module.setup("fit")
+    assert module.rewards.timeout == 0.5
+    assert {functions.timeout for functions in module.judges.scored_by} == {0.5}
 
 
 def test_reward_models_of_either_kind_are_moved():

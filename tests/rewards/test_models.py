@@ -20,7 +20,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import load_causal_lm
 from lit_rlhf.rewards import RewardFunctions, RewardModel
 from lit_rlhf.types import SamplingConfig
-from tests.chat import CHATML, assistant, byte_tokenizer, user
+from tests.chat import CHATML, LLAMA, assistant, byte_tokenizer, user
 from tests.helpers import tiny_model, trainer
 
 PROMPTS, COMPLETIONS = ["1+2=", "12+34=", "99+99=", "5+5="], ["3", "47", "198", ""]
@@ -237,8 +237,26 @@ def test_chat_messages_without_a_template_are_refused_before_anything_is_sampled
     with pytest.raises(InputError, match=sentence):
         RewardFunctions(str(trained[1])).check(rows)
     RewardFunctions(str(trained[1])).check([{"prompt": "1+2="}])
+    with pytest.raises(InputError, match=sentence):
+        RewardFunctions(str(trained[1])).check([{"prompt": "1+2="}, *rows])
     with pytest.raises(InputError, match="has no chat template"):
         RewardModel(trained[1])([user("1+2=")], [assistant("3")])
+
+
+def test_prompts_that_it_cannot_read_are_refused_before_anything_is_sampled(tmp_path, of_chats):
+    judge = RewardFunctions(str(save(tmp_path, num_labels=1, max_position_embeddings=8)))
+    judge.check([{"prompt": "1+2="}, {"prompt": "11+22+="}])
+    with pytest.raises(InputError, match=r"^reward model \S+ reads at most 8 tokens, .* has 9; lower"):
+        judge.check([{"prompt": "1+2="}, {"prompt": "11+22+3="}])
+    chat = RewardModel(of_chats[1])
+    chat.tokenizer.chat_template = LLAMA
+    with pytest.raises(InputError, match="refuses messages of the roles system: Only user and assistant"):
+        RewardFunctions(chat).check([{"prompt": user("a")}, {"prompt": [{"role": "system", "content": "b"}]}])
+    plain = RewardModel(tmp_path / "model")
+    tokenizer, config = character_tokenizer(), plain.model.config
+    tokenizer.eos_token, config.eos_token_id = None, None
+    with pytest.raises(InputError, match="has no EOS token, so that no completion can end"):
+        RewardFunctions(RewardModel(plain.model, tokenizer)).check([{"prompt": "1+2="}])
 
 
 # encoders
