@@ -193,7 +193,8 @@ def test_a_mistake_in_any_stage_is_said_before_the_first_is_run(tmp_path, argume
 @pytest.mark.slow
 def test_three_stages_from_the_command_line(tmp_path):
     """Small ones: what each makes is what the next one takes, and the policy is judged by the verifier all the same."""
-    arguments = ("debug=tiny", "logger.wandb=null", f"hydra.run.dir={tmp_path}/run", "sft.trainer.max_steps=3")
+    one = ("trainer.devices=1", "trainer.strategy=auto", "logger.wandb=null")
+    arguments = ("debug=tiny", *one, f"hydra.run.dir={tmp_path}/run", "sft.trainer.max_steps=3")
     ended = new_process(*arguments, cwd=tmp_path, command=("-m", "lit_rlhf.pipeline"))
     assert ended.code == 0, ended.err
     assert ended.out.splitlines()[-1] == f"{tmp_path}/run"
