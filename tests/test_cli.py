@@ -305,9 +305,9 @@ def test_a_reward_model_of_one_run_is_the_reward_of_another(here):
     judge = run_folder(judged) / "model"
     finished = fork("algo=ppo", f"reward.funcs=[{judge}]", *TINY, cwd=here)
     rows = metrics_of(run_folder(finished))
-    (rollout,) = [row for row in rows if "rewards/model" in row]
-    assert rollout["rewards/model"] == rollout["reward/reward_mean"]
-    assert rollout["rewards/model_std"] > 0
+    (rollout,) = [row for row in rows if "rewards/reward_model" in row]
+    assert rollout["rewards/reward_model"] == rollout["reward/reward_mean"]
+    assert rollout["rewards/reward_model_std"] > 0
     assert any("val/accuracy_greedy" in row for row in rows)
 
 

@@ -42,8 +42,8 @@ class RewardModel:
         trust_remote_code: run the Python files of the model's repository. Off unless you ask.
 
     Attributes:
-        __name__: what its rewards are logged as: the last part of the path, of a run's `model/` that before it, or
-            `"reward_model"`.
+        __name__: what its rewards are logged as: the last part of the path, or `"reward_model"` without one and for the
+            `model/` of a run.
 
     Raises:
         InputError: the model cannot be loaded or has not exactly one label, or there is no tokenizer for it.
@@ -66,8 +66,8 @@ class RewardModel:
         else:
             self.model = load_reward_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
         self.path = str(getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else model)
-        named = [part for part in Path(self.path).parts if part != "model"]  # a run's folder says more than its model/
-        self.__name__ = named[-1] if named else "reward_model"
+        name = Path(self.path).name
+        self.__name__ = name if name not in ("", "model") else "reward_model"
         own = self._tokenizer_of(tokenizer, trust_remote_code)
         sep = getattr(own, "sep_token_id", None)  # what a text ends with for encoders
         ends = with_declared(sep if own.eos_token_id is None else own.eos_token_id, self.model.config.get_text_config())
