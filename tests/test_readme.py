@@ -69,6 +69,7 @@ def test_the_metrics_table_is_what_runs_log():
     stale = {"importance_correction": "token", "target_kl": 1.0}
     found = logged(DAPO(**small, **stale)) | logged(GRPO(**small)) | logged(SFT(batch_size=4, **sampled))
     found |= logged(ConservativePPO(**small)) | logged(ReMax(**small))
+    found |= logged(GRPO(**{**small, "sampling": SamplingConfig(max_new_tokens=8, max_staleness=1)}))
     curriculum = {"curriculum": "success_rate", "curriculum_level": "difficulty", "reward_funcs": [exact_match]}
     found |= logged(GRPO(**small, **curriculum), train_rows=arithmetic_splits([2], train_size=8)[0])
     found |= logged(DPO(batch_size=4, sampling=sampling)) | logged(RewardModeling(batch_size=4, center_coef=0.01))

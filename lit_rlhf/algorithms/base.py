@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
@@ -30,6 +31,7 @@ from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Row, Sampli
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 RewardFunction = Callable[..., Any]
+NOTHING_AHEAD = "rollout.max_staleness has no effect: {} trains on completions that are given; leave it out"
 
 
 class ModuleArgs(TypedDict, total=False):
@@ -118,6 +120,8 @@ class RLHFModule(LightningModule):
         self.weight_decay, self.betas = weight_decay, (betas[0], betas[1])
         self.validation_samples, self.seed = validation_samples, seed
         self.sampling = SamplingConfig(**sampling) if isinstance(sampling, Mapping) else sampling or SamplingConfig()
+        if self.sampling.max_staleness and self.completion_columns:
+            warnings.warn(NOTHING_AHEAD.format(type(self).__name__), stacklevel=3)
         given = reward_functions(reward_funcs, reward_weights)
         self.rewards = given if isinstance(given, RewardFunctions) else None
         self.reward_timeout = given.timeout  # seconds, of the data module's own, too

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -46,11 +47,12 @@ from lit_rlhf.models.scoring import Scores
 from lit_rlhf.models.wrapper import ValueKind
 from lit_rlhf.ranks import whiten_over_ranks
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss, has_ratio
+from lit_rlhf.rollouts.ahead import EndsWithFit, RolloutsAhead
 from lit_rlhf.rollouts.curriculum import CurriculumArgs, SuccessCurriculum
 from lit_rlhf.rollouts.importance import ImportanceArgs, ImportanceCorrection, Level
 from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader
-from lit_rlhf.rollouts.sampler import start_of_update
-from lit_rlhf.types import Experience, PromptBatch, Row, ScoredRollout
+from lit_rlhf.rollouts.sampler import scored, start_of_update
+from lit_rlhf.types import Experience, PromptBatch, Row, SamplingConfig, ScoredRollout
 
 # 0 where the advantage is 0
 _PROPORTIONAL_LOSSES = ("clip", "gspo", "gspo_token", "cispo", "sequence_clip", "reinforce")
@@ -158,10 +160,11 @@ class OnPolicyModule(RLHFModule):
         self.truncation_penalty, self.mask_truncated = truncation_penalty, mask_truncated
         self.skip_zero_advantage = skip_zero_advantage and self._proportional_to_advantages
         self.sampling = replace(self.sampling, group_size=group_size)
+        self.ahead = RolloutsAhead(self.sampling.max_staleness)
         check_arguments(self)
         warn_of_idle(self, {**parts, "kl_in": kl_in})
         self.prompts: PromptStream | None = None
-        self.clock = {"rollout": 0.0, "update": 0.0, "tokens": 0.0}
+        self.clock = {"rollout": 0.0, "wait": 0.0, "update": 0.0, "tokens": 0.0}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse class attributes that would be ignored."""
@@ -212,11 +215,18 @@ class OnPolicyModule(RLHFModule):
         tell(self, prompts)
         sampled = self.sample(prompts)
         right = self.accuracy(sampled)
-        self.curriculum.note(sampled.group_ids, right)
+        self.curriculum.note(prompts, right)
         self.count(sample_stats(sampled, right, self.group_size))
         count_rewards(self, sampled)
         self.clock["tokens"] += float(sampled.lengths.sum())
         return sampled
+
+    def sample(self, prompts: PromptBatch, sampling: SamplingConfig | None = None) -> ScoredRollout:
+        """See `RLHFModule.sample`; what was sampled ahead for these prompts is taken instead."""
+        found = self.ahead.take(self.loop, prompts) if sampling is None else None
+        if found is None:
+            return super().sample(prompts, sampling)
+        return scored(self.tokenizer, self.rewards, prompts, found.to(self.device), self.group_size)
 
     def score_rollout(self, rollout: ScoredRollout) -> ScoredRollout:
         """Add the log-probs of policy and reference and the values that the update starts from.
@@ -403,15 +413,15 @@ class OnPolicyModule(RLHFModule):
     def on_train_epoch_end(self) -> None:
         """Log the rollout's metrics, with the time it took."""
         seconds = self.clock["rollout"] + self.clock["update"]
-        self.publish(
-            self.stats,
-            {
-                "rollout/iteration": float(self.loop.iteration),
-                "perf/rollout_seconds": self.clock["rollout"],
-                "perf/update_seconds": self.clock["update"],
-                "perf/tokens_per_second": self.clock["tokens"] / max(seconds, 1e-9),
-            },
-        )
+        found = {
+            "rollout/iteration": float(self.loop.iteration),
+            "perf/rollout_seconds": self.clock["rollout"],
+            "perf/update_seconds": self.clock["update"],
+            "perf/tokens_per_second": self.clock["tokens"] / max(seconds, 1e-9),
+        }
+        if self.ahead.max_staleness:
+            found["perf/wait_seconds"] = self.clock["wait"]
+        self.publish(self.stats, found)
         self.clock = dict.fromkeys(self.clock, 0.0)
 
     # -- data ----------------------------------------------------------------------------------------------------
@@ -435,6 +445,14 @@ class OnPolicyModule(RLHFModule):
         self.loop.prompts_seen += count * self.world_size
         return self.prompts.take(start + self.rank * count, count)
 
+    def next_prompts(self) -> PromptBatch:
+        """The prompts of the rollout that is due; see `rollouts.ahead`."""
+        started = time.perf_counter()
+        prompts = self.ahead.next_prompts(self)
+        self.clock["wait"] = time.perf_counter() - started
+        self.clock["rollout"] += self.clock["wait"]
+        return prompts
+
     def setup(self, stage: str) -> None:
         """See `RLHFModule.setup`; rows that the curriculum cannot be of are refused before anything is sampled."""
         super().setup(stage)
@@ -445,6 +463,16 @@ class OnPolicyModule(RLHFModule):
     def training_loader(self, rows_of: Callable[[int], Sequence[Row]]) -> RolloutLoader:
         """The lazy view of the rollouts, whose prompts are the shuffled rows of pass 0, or the curriculum's."""
         check_loop(self)
+        self.ahead.prepare(self)
         self.prompts = self.curriculum.stream(self, rows_of(0))
         self.rewards.check(self.prompts.rows)  # type: ignore[union-attr]
         return RolloutLoader(self)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What ends the sampler's thread, where rollouts are sampled ahead."""
+        return [EndsWithFit()] if self.ahead.max_staleness else []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `RLHFModule.on_save_checkpoint`; waits for what is sampled ahead."""
+        self.ahead.finish(self.loop)
+        super().on_save_checkpoint(checkpoint)

@@ -119,6 +119,12 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for owner in owners for p in owner.parameters()]
 
 
+def shared_weights(model: nn.Module) -> dict[int, nn.Parameter]:
+    """What a copy of a model with adapters shares with it, the frozen weights, as `copy.deepcopy` takes it."""
+    frozen = [p for p in model.parameters() if not p.requires_grad] if is_adapted(model) else []
+    return {id(p): p for p in frozen}
+
+
 def base_size(model: nn.Module) -> int:
     """Number of the model's parameters, its adapters' not counted."""
     adapters = {id(p) for p in adapter_parameters(model)}

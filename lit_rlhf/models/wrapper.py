@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.adapters import check_reference, is_adapted, unwrapped, without_adapters
+from lit_rlhf.models.adapters import check_reference, is_adapted, shared_weights, unwrapped, without_adapters
 from lit_rlhf.models.heads import ScalarHead
 from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer, prepare_tokenizer, vocabulary_size
 from lit_rlhf.models.scoring import Scores, Values, score, score_values
@@ -137,8 +137,7 @@ def causal_lm(policy: nn.Module | str | Path) -> Any:
 
 def _trunk_of(policy: Any) -> Any:
     """A copy of the policy's trunk; what adapters leave frozen is shared instead of copied."""
-    frozen = [p for p in policy.parameters() if not p.requires_grad] if is_adapted(policy) else []
-    return copy.deepcopy(policy.base_model, {id(p): p for p in frozen})
+    return copy.deepcopy(policy.base_model, shared_weights(policy))
 
 
 def tokenizer_for(policy: nn.Module | str | Path, tokenizer: Any = None) -> Any:

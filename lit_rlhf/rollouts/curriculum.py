@@ -33,7 +33,7 @@ from lit_rlhf.rewards import RewardFunctions
 from lit_rlhf.rollouts.loader import PromptStream
 from lit_rlhf.rollouts.random import mix_seed, uniforms
 from lit_rlhf.text import Text
-from lit_rlhf.types import Row
+from lit_rlhf.types import PromptBatch, Row
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.on_policy import OnPolicyModule
@@ -146,7 +146,7 @@ class SuccessCurriculum:
         self._levels: list[str] = []  # their names
         self._level_of = torch.zeros(0, dtype=torch.long)  # [rows]
         self._seed = 0
-        self._noted: list[Tensor] = []  # of this rollout on this rank, each [3, groups]: position, right, tries
+        self._noted: list[Tensor] = []  # of this rollout on this rank, each [4, B]: position, row, right, tries
         self._order: tuple[CurriculumState | None, int, list[int]] = (None, 0, [])
 
     @property
@@ -227,35 +227,33 @@ class SuccessCurriculum:
             self._order = (state, times, rings.argsort(stable=True).tolist())
         return self._order[2][place]
 
-    def note(self, group_ids: Tensor, right: Tensor | None) -> None:
+    def note(self, prompts: PromptBatch, right: Tensor | None) -> None:
         """Remember for `update` how the completions of this rank's prompts did.
 
         Args:
-            group_ids: `[N]`, stream positions.
-            right: `[N]` from 0 to 1, NaN where it is not known.
+            prompts: B of them; those that were not drawn from the dataset count for nothing.
+            right: `[B * G]` from 0 to 1, NaN where it is not known.
         """
-        if right is None or not len(self._level_of):
+        if right is None or not len(self._level_of) or not len(prompts.rows):
             return
-        positions, group = torch.unique(group_ids.cpu(), return_inverse=True)
-        known = ~right.isnan().cpu()
-        score = torch.where(known, right.cpu().double().clamp(0, 1), 0.0)
-        empty = torch.zeros(len(positions), dtype=torch.float64)
-        sums = [empty.index_add(0, group, x) for x in (score, known.double())]
-        self._noted.append(torch.stack([positions.double(), *sums]))
+        right = right.cpu().double().view(len(prompts), -1)
+        whose = torch.tensor([prompts.index, list(prompts.rows)], dtype=torch.float64)
+        known = ~right.isnan()
+        score = torch.where(known, right.clamp(0, 1), 0.0)
+        self._noted.append(torch.cat([whose, torch.stack([score.sum(1), known.double().sum(1)])]))
 
     def update(self, loop: LoopState) -> Cells:
         """Count what was noted on all ranks in this rollout, which ends its draws; returns what is logged of it."""
         if not len(self._level_of):
             return {}
         found = [noted for of_rank in gather_objects(self._noted) for noted in of_rank]
-        noted = torch.cat([torch.zeros(3, 0, dtype=torch.float64), *found], 1)
+        noted = torch.cat([torch.zeros(4, 0, dtype=torch.float64), *found], 1)
         self._noted, state = [], self._state(loop)
-        drawn = (state.first <= noted[0]) & (noted[0] < loop.prompts_seen)  # a user may collect prompts of their own
-        noted = noted[:, drawn][:, noted[0, drawn].argsort()]
-        rows = torch.tensor([self._row(state, int(i)) for i in noted[0]], dtype=torch.long)
+        noted = noted[:, noted[0].argsort()]
+        rows = noted[1].long()
         cells = self._cells(state, rows)
-        tried = noted[2] > 0
-        rows, right, tries = rows[tried], noted[1, tried], noted[2, tried]
+        tried = noted[3] > 0
+        rows, right, tries = rows[tried], noted[2, tried], noted[3, tried]
         loop.curriculum = CurriculumState(
             state.rows.plus(rows, right, tries, self.decay),
             state.levels.plus(self._level_of[rows], right, tries, self.decay),
@@ -264,7 +262,7 @@ class SuccessCurriculum:
         return cells
 
     def _cells(self, state: CurriculumState, drawn: Tensor) -> Cells:
-        """What is logged of a rollout that drew these rows: the rates are those it drew by."""
+        """What is logged of a rollout of these rows: the rates are those before it."""
         p, q, (right, tries) = self.rates(state), self.weights(state), (state.rows.right, state.rows.tries)
         found = {
             "success_rate": float(p.mean()),

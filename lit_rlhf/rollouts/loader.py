@@ -41,8 +41,12 @@ class PromptStream:
 
     def take(self, start: int, count: int) -> PromptBatch:
         """The prompts at stream positions `start` to `start + count - 1`."""
-        index = range(start, start + count)
-        return prompt_batch([self.rows[self._row(i)] for i in index], self.encode, list(index))
+        index = list(range(start, start + count))
+        return self.at(index, [self._row(i) for i in index])
+
+    def at(self, index: list[int], rows: Sequence[int]) -> PromptBatch:
+        """The prompts of these rows of the dataset, drawn for these stream positions."""
+        return replace(prompt_batch([self.rows[i] for i in rows], self.encode, index), rows=rows)
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.rows))
@@ -71,7 +75,7 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[Experience]:
         module, state = self.module, self.module.loop
         if state.experience is None:
-            state.experience = module.collect(module.draw_prompts(module.prompts_per_rank))
+            state.experience = module.collect(module.next_prompts())
         experience = state.experience
         for batch in _micro_batches(module, self.plan(), lambda rows: experience[rows].trim()):
             yield batch.with_signal() if module.skip_zero_advantage else batch

@@ -46,9 +46,24 @@ def sample_and_score(
     """
     if not rewards:
         raise InputError(NO_REWARDS)
-    rollout = engine.generate(prompts.prompt_ids, sampling, [mix_seed(*seed, i) for i in prompts.index])
-    total, parts = score_texts(rewards, tokenizer, prompts, rollout, sampling.group_size)
-    group_ids = torch.tensor(prompts.index, device=total.device).repeat_interleave(sampling.group_size)
+    rollout = engine.generate(prompts.prompt_ids, sampling, prompt_seeds(prompts, *seed))
+    return scored(tokenizer, rewards, prompts, rollout, sampling.group_size)
+
+
+def prompt_seeds(prompts: PromptBatch, *seed: int) -> list[int]:
+    """One seed per prompt, which depends on its stream position and on the integers given."""
+    return [mix_seed(*seed, i) for i in prompts.index]
+
+
+@torch.no_grad()
+def scored(
+    tokenizer: Any, rewards: RewardFunctions | Judges | None, prompts: PromptBatch, rollout: Rollout, group_size: int
+) -> ScoredRollout:
+    """The samples of `prompts`, scored by the reward functions; `sample_and_score` without the sampling."""
+    if not rewards:
+        raise InputError(NO_REWARDS)
+    total, parts = score_texts(rewards, tokenizer, prompts, rollout, group_size)
+    group_ids = torch.tensor(prompts.index, device=total.device).repeat_interleave(group_size)
     kept = {f.name: getattr(rollout, f.name) for f in fields(Rollout)} | {"group_ids": group_ids}
     return ScoredRollout(
         **kept, raw_rewards=total, reward_parts=parts, rewards=total, old_logprobs=rollout.behavior_logprobs

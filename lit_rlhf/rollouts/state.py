@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.rollouts.ahead import Ahead
 from lit_rlhf.rollouts.curriculum import CurriculumState
 from lit_rlhf.rollouts.replay import ReplayBuffer
 from lit_rlhf.types import Experience, Rollout, ScoredRollout
@@ -28,6 +29,7 @@ class LoopState:
     carried: ScoredRollout | None = None  # surplus groups of dynamic sampling, for the next rollout
     replay: ReplayBuffer | None = None  # past rollouts, of the algorithms that train on them again
     curriculum: CurriculumState | None = None  # what the curriculum knows of the prompts
+    ahead: list[Ahead] = field(default_factory=list)  # the next rollouts, sampled before their turn
     numbers: dict[str, float] = field(default_factory=dict)  # baselines, adaptive coefficients: what else moves
 
     def finish_iteration(self) -> None:
@@ -41,7 +43,7 @@ class LoopState:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> LoopState:
         """The inverse of `to_plain`."""
-        state = cls(**{**plain, "experience": None, "carried": None, "replay": None, "curriculum": None})
+        state = cls(**{**plain, "experience": None, "carried": None, "replay": None, "curriculum": None, "ahead": []})
         if plain["experience"] is not None:
             state.experience = Experience(**plain["experience"])
         if plain["carried"] is not None:
@@ -50,12 +52,15 @@ class LoopState:
             state.replay = ReplayBuffer.from_plain(plain["replay"])
         if plain.get("curriculum") is not None:
             state.curriculum = CurriculumState.from_plain(plain["curriculum"])
+        state.ahead = [Ahead.from_plain(ahead) for ahead in plain.get("ahead", [])]
         return state
 
 
 def _to_plain(value: Any) -> Any:
-    if isinstance(value, (ReplayBuffer, CurriculumState)):
+    if isinstance(value, (ReplayBuffer, CurriculumState, Ahead)):
         return value.to_plain()
+    if isinstance(value, list):
+        return [_to_plain(item) for item in value]
     if isinstance(value, dict):
         return dict(value)
     if isinstance(value, Rollout):

@@ -31,6 +31,8 @@ class SamplingConfig:
         top_k: number of most likely tokens kept; 0 keeps all.
         group_size: G, samples per prompt. An algorithm's own `group_size` replaces it.
         stop: extra strings that end a completion, each a single token of the tokenizer.
+        max_staleness: k. With 0 a rollout is sampled by the weights that are then trained on it; with more, while the k
+            rollouts before it are trained on, by the weights of before them (see `rollouts.ahead`).
     """
 
     max_new_tokens: int = 64
@@ -39,6 +41,7 @@ class SamplingConfig:
     top_k: int = 0
     group_size: int = 1
     stop: Sequence[str] = ()
+    max_staleness: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be sampled with."""
@@ -48,6 +51,7 @@ class SamplingConfig:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("group_size", self.group_size >= 1, "at least 1"),
+            ("max_staleness", self.max_staleness >= 0, "0 (synchronous) or more"),
         ):
             if not ok:
                 raise InputError(f"sampling: {name} must be {rule}, got {getattr(self, name)}")
@@ -89,6 +93,7 @@ class PromptBatch:
     prompt_ids: list[list[int]]  # B lists of token ids, unpadded
     columns: dict[str, list[Any]]  # the dataset's columns, B values each; "prompt" is the text
     index: list[int]  # B stream positions
+    rows: Sequence[int] = ()  # B rows of the dataset, where they were drawn from one
     filler: bool = False  # there only to give every rank as many batches; counts for nothing
 
     def __len__(self) -> int:

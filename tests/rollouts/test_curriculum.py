@@ -14,7 +14,7 @@ from lit_rlhf.rewards import verifier
 from lit_rlhf.rollouts.curriculum import CurriculumState, SuccessCounts, SuccessCurriculum
 from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader
 from lit_rlhf.rollouts.state import LoopState
-from lit_rlhf.types import SamplingConfig
+from lit_rlhf.types import PromptBatch, SamplingConfig
 from tests.helpers import NumberTokenizer, build, pretend_trainer, sum_of_ids, tiny_model
 
 NAN = float("nan")
@@ -44,6 +44,11 @@ def drawn(module, count):
     """The rows of the next draw, and their stream positions."""
     batch = module.draw_prompts(count)
     return [ids[0] - 2 for ids in batch.prompt_ids], batch.index
+
+
+def note(module, positions, rows, right):
+    """How completions of these rows, drawn for these positions, did."""
+    module.curriculum.note(PromptBatch([[0]] * len(positions), {}, positions, rows), torch.tensor(right))
 
 
 def state_of(right, tries, level_right, level_tries, first=0):
@@ -83,9 +88,9 @@ def test_earlier_completions_fade_when_a_row_or_its_level_is_sampled_again():
     module = trained("aabb", curriculum_decay=0.25)
     module.loop.curriculum = state_of([4.0, 2.0, 1.0, 0.0], [8.0, 4.0, 4.0, 0.0], [8.0, 4.0], [16.0, 8.0])
     rows, positions = drawn(module, 2)
-    note = dict(zip(positions, ([1.0, 1.0, 0.0, NAN], [0.5, 0.0, 0.0, 0.0]), strict=True))
-    for position in reversed(positions):
-        module.curriculum.note(torch.tensor([position] * 4), torch.tensor(note[position]))
+    found = ([1.0, 1.0, 0.0, NAN], [0.5, 0.0, 0.0, 0.0])
+    for i in (1, 0):
+        note(module, [positions[i]], [rows[i]], found[i])
     module.curriculum.update(module.loop)
     expected = {name: [4.0, 2.0, 1.0, 0.0] if name == "right" else [8.0, 4.0, 4.0, 0.0] for name in ("right", "tries")}
     levels = {"right": [8.0, 4.0], "tries": [16.0, 8.0]}
@@ -107,7 +112,7 @@ def test_a_row_that_nothing_is_known_of_stays_as_it_was():
     module = trained("aa")
     before = module.loop.curriculum = state_of([1.0, 3.0], [4.0, 4.0], [4.0], [8.0])
     rows, positions = drawn(module, 2)
-    module.curriculum.note(torch.tensor(positions).repeat_interleave(2), torch.tensor([NAN, NAN, 1.0, 1.0]))
+    note(module, positions, rows, [NAN, NAN, 1.0, 1.0])
     module.curriculum.update(module.loop)
     after = module.loop.curriculum
     assert after.rows.tries[rows[0]] == before.rows.tries[rows[0]] == 4
@@ -121,7 +126,7 @@ def test_completions_of_prompts_that_no_draw_brought_count_for_nothing():
     module.loop.curriculum = state_of([1.0, 3.0], [4.0, 4.0], [4.0], [8.0], first=10)
     module.loop.prompts_seen = 10
     drawn(module, 1)
-    module.curriculum.note(torch.tensor([3, 11, 12]), torch.ones(3))
+    note(module, [3, 11, 12], (), [1.0] * 3)
     module.curriculum.update(module.loop)
     assert module.loop.curriculum.rows.tries.tolist() == [4.0, 4.0]
 
@@ -217,8 +222,7 @@ def learn(module, chance_of, rollouts, prompts=8, group_size=4):
         rows, positions = drawn(module, prompts)
         counts.update(rows)
         p = torch.tensor([chance_of(row) for row in rows]).repeat_interleave(group_size)
-        group_ids = torch.tensor(positions).repeat_interleave(group_size)
-        module.curriculum.note(group_ids, torch.bernoulli(p, generator=generator))
+        note(module, positions, rows, torch.bernoulli(p, generator=generator).tolist())
         module.curriculum.update(module.loop)
     return counts
 
@@ -288,7 +292,7 @@ def test_what_is_logged_describes_the_draw():
     module.loop.curriculum = state_of([0.0, 2.0, 4.0], [4.0, 4.0, 4.0], [2.0, 4.0], [8.0, 4.0])
     rows, _ = drawn(module, 1)
     assert rows == [1]  # the others weigh a millionth
-    module.curriculum.note(torch.tensor([0, 0]), torch.tensor([1.0, 0.0]))
+    note(module, [0], [1], [1.0, 0.0])
     cells = {name: value for name, (value, _) in module.curriculum.update(module.loop).items()}
     assert cells == pytest.approx(
         {

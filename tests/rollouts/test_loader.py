@@ -370,7 +370,7 @@ def test_the_loop_state_survives_as_plain_tensors():
     experience = random_experience()
     state = LoopState(3, 2, 17, experience, None)
     plain = state.to_plain()
-    assert all(isinstance(v, (int, dict, type(None))) for v in plain.values())
+    assert all(isinstance(v, (int, dict, list, type(None))) for v in plain.values())
     back = LoopState.from_plain(plain)
     assert (back.iteration, back.position, back.prompts_seen, back.carried) == (3, 2, 17, None)
     assert all((getattr(back.experience, n) == x).all() for n, x in plain["experience"].items() if x is not None)

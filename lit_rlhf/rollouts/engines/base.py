@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import nn
+from typing_extensions import Self
 
 from lit_rlhf.types import Rollout, SamplingConfig
 
@@ -40,4 +41,16 @@ class RolloutEngine(Protocol):
 
     def update_weights(self, module: nn.Module, version: int) -> None:
         """Sample from `module`'s weights from now on; rollouts carry `version` (see `Rollout.version`)."""
+        ...
+
+
+@runtime_checkable
+class ClonableEngine(RolloutEngine, Protocol):
+    """An engine that can sample in another thread while this one does something else (`rollout.max_staleness`)."""
+
+    def clone(self) -> Self:
+        """Make another engine of the same settings that shares nothing that either changes; it has no weights yet.
+
+        The weights it is given are a module's that nobody trains; they do not change while it samples.
+        """
         ...

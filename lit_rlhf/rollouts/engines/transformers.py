@@ -7,6 +7,7 @@ numbers belong to the prompt and not to the batch (`lit_rlhf.rollouts.random`).
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import max_positions
@@ -52,6 +54,12 @@ class TransformersEngine:
     def update_weights(self, module: nn.Module, version: int) -> None:
         """Sample from `module`, a Hugging Face causal LM, from now on. It is referred to, not copied."""
         self.model, self.version = module, version
+
+    def clone(self) -> Self:
+        """See `ClonableEngine.clone`."""
+        clone = copy.copy(self)
+        clone.model = None
+        return clone
 
     @torch.no_grad()  # not inference_mode: the tensors take part in autograd later
     def generate(
