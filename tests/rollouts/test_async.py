@@ -1,8 +1,12 @@
 """The thread that samples ahead: which weights it samples with, how it ends, and what becomes of its errors."""
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -285,3 +289,26 @@ def test_a_sampler_that_nobody_closes_ends_with_its_last_reference():
     del sampler
     gc.collect()
     assert not running()
+
+
+EXITS = """
+import sys
+import torch
+from lit_rlhf.rollouts.async_ import AsyncSampler, Task
+from lit_rlhf.rollouts.engines import TransformersEngine
+from lit_rlhf.types import SamplingConfig
+from tests.helpers import tiny_model
+
+sampling = SamplingConfig(max_new_tokens=100_000, group_size=64)
+sampler = AsyncSampler(TransformersEngine([], 0), 1)
+sampler.submit([Task([[5, 6]], [1], sampling)], tiny_model(max_position_embeddings=200_000), 0)
+print("the main thread is done")
+"""
+
+
+@pytest.mark.slow
+def test_python_ends_while_the_thread_samples(tmp_path):
+    """A daemon that torch's kernels are left in would abort the process."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run([sys.executable, "-c", EXITS], capture_output=True, timeout=100, env=environment, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "the main thread is done\n"), ended.stderr
