@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -31,6 +32,7 @@ def build_module(work: Workload, **arguments: Any) -> Any:
 
 def build_trainer(*callbacks: Callback, **arguments: Any) -> Trainer:
     """A trainer that does what training needs, and nothing else."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings = {"accelerator": "cpu", "devices": 1, "max_epochs": 10**6, "gradient_clip_val": 1.0, **off}
     return Trainer(callbacks=list(callbacks), use_distributed_sampler=False, **{**settings, **arguments})

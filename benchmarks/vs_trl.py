@@ -11,7 +11,7 @@ reference for GRPO; what TRL is given beside that stands in `side_trl.py`. Time 
 and update; where the lengths are random, time is per sampled token.
 
 Memory is the resident memory's peak over what it was before the first step: gradients and AdamW's moments, which both
-need, are in it.
+need, are in it. `cpu` is the ratio of the processor time of all threads, which other work on the machine changes less.
 
 The benchmark fails if the work differs: if one side sampled or trained on another number of tokens (where lengths are
 random: by more than chance allows), or if the losses or the gradients of the same rows disagree.
@@ -25,7 +25,6 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,13 @@ from workloads import WORKLOADS, Workload, with_stories
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3  # relative; both compute in float32, in another order
 DEVIATIONS = 4  # of the mean length of random completions, between the two sides
-Blocks = Sequence[Block]
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 def measure(work: Workload, pairs: int, steps: int, threads: int) -> dict[str, list[Block]]:
@@ -56,7 +61,7 @@ def measure(work: Workload, pairs: int, steps: int, threads: int) -> dict[str, l
                 found[side].append(worker.run(steps))
     finally:
         for worker in workers.values():
-            worker.__exit__()
+            worker.close()
     return {side: blocks[1:] for side, blocks in found.items()}
 
 
@@ -80,9 +85,10 @@ def check(work: Workload, found: dict[str, list[Block]]) -> dict[str, float]:
 
 
 def cost(work: Workload, block: Block, part: str) -> float:
-    """Seconds of a step, or of a sampled token where lengths are random; of it all, the rollout or the update."""
+    """Seconds of a step, or of a sampled token where lengths are random: of it all, of a part, or of the processors."""
     update = block.seconds - block.rollout_seconds
-    seconds = {"step": block.seconds, "rollout": block.rollout_seconds, "update": update}[part]
+    of = {"step": block.seconds, "rollout": block.rollout_seconds, "update": update, "cpu": block.cpu_seconds}
+    seconds = of[part]
     return seconds / (block.sampled_tokens if work.ragged else block.steps)
 
 
@@ -105,16 +111,16 @@ def row(work: Workload, found: dict[str, list[Block]]) -> dict[str, Any]:
         }
         told[side]["update"] = told[side]["step"] - told[side]["rollout"]
     if "trl" in found:
-        parts = ("step", "rollout", "update") if work.samples else ("step",)
+        parts = ("step", "rollout", "update", "cpu") if work.samples else ("step", "cpu")
         told["ratios"] = {part: ratios(work, found, part) for part in parts}
         told["memory_ratio"] = told["ours"]["megabytes"] / told["trl"]["megabytes"]
     return told
 
 
 HEADER = """\
-|    | workload                                     | step: TRL / ours      | rollout | update | \
+|    | workload                                     | step: TRL / ours      | rollout | update | cpu  | \
 ours: step (rollout + update) | TRL: step (rollout + update)  | memory: ours | TRL   | ours / TRL |
-|----|----------------------------------------------|-----------------------|---------|--------|-\
+|----|----------------------------------------------|-----------------------|---------|--------|------|-\
 ------------------------------|-------------------------------|--------------|-------|------------|"""
 
 
@@ -125,8 +131,8 @@ def line(told: dict[str, Any]) -> str:
     spread = given.get("step")
     middle = f"{statistics.median(spread):.2f} ({min(spread):.2f} to {max(spread):.2f})" if spread else "-"
     cells.append(f"{middle:<21}")
-    parts = [f"{statistics.median(given[part]):.2f}" if part in given else "-" for part in ("rollout", "update")]
-    cells += [f"{parts[0]:>7}", f"{parts[1]:>6}"]
+    parts = [f"{statistics.median(given[part]):.2f}" if part in given else "-" for part in ("rollout", "update", "cpu")]
+    cells += [f"{parts[0]:>7}", f"{parts[1]:>6}", f"{parts[2]:>4}"]
     for side in ("ours", "trl"):
         of = told.get(side)
         cells.append(f"{_seconds(of):<29}" if of else f"{'-':<29}")
@@ -150,7 +156,7 @@ def main() -> None:
     parser.add_argument("--stories", type=Path, default=None, help="stories260k's folder, for W1")
     parser.add_argument("--json", type=Path, default=None, help="write everything that was measured here")
     arguments = parser.parse_args()
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ |= QUIET
     import torch
     import transformers
 

@@ -23,6 +23,7 @@ class Block:
     steps: int
     seconds: float
     rollout_seconds: float
+    cpu_seconds: float  # of all threads; other work on the machine changes it less
     sampled_tokens: int
     trained_tokens: int
     peak_bytes: int  # resident memory at most so far, over that before the first step
@@ -38,25 +39,25 @@ class Gate:
 
     def __init__(self, connection: Connection, steps: int = 1) -> None:
         self._connection, self._stride = connection, steps
-        self._wanted = self._done = 0
-        self._before = 0
+        self._wanted = self._before = 0
         self._start()
 
     def _start(self) -> None:
         self.rollout_seconds, self.sampled, self.trained = 0.0, 0, 0
-        self._done, self._started = 0, time.perf_counter()
+        self._done, self._started, self._cpu = 0, time.perf_counter(), time.process_time()
 
     def boundary(self) -> None:
         """Before a step, and so after the last one."""
         if self._wanted and self._done + self._stride < self._wanted:
             self._done += self._stride
             return
-        seconds = time.perf_counter() - self._started
+        seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
         if not self._wanted:  # before the first step
             self._before = memory("VmRSS")
             forget_peak()
         peak = memory("VmHWM") - self._before
-        self._connection.send(Block(self._wanted, seconds, self.rollout_seconds, self.sampled, self.trained, peak))
+        counted = self.sampled, self.trained
+        self._connection.send(Block(self._wanted, seconds, self.rollout_seconds, cpu, *counted, peak))
         self._wanted = self._connection.recv()
         self._start()
 
@@ -87,10 +88,8 @@ class Worker:
             raise SystemExit(f"a worker failed:\n{found}")
         return found
 
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the process, in the middle of its run."""
         self._process.kill()
         self._process.join()
 
@@ -102,7 +101,7 @@ def _serve(train: Callable[[Any, Connection], None], work: Any, threads: int, co
     try:
         train(work, connection)
         connection.send("the run ended before it was told to")
-    except (EOFError, BrokenPipeError):
+    except (EOFError, BrokenPipeError):  # nobody waits any more
         return
     except BaseException:
         connection.send(traceback.format_exc())
