@@ -33,6 +33,8 @@ class SamplingConfig:
         stop: extra strings that end a completion, each a single token of the tokenizer.
         max_staleness: k. With 0 a rollout is sampled by the weights that are then trained on it; with more, while the k
             rollouts before it are trained on, by the weights of before them (see `rollouts.ahead`).
+        max_rows: most completions sampled at a time, which bounds the memory; others take the place of those that have
+            ended. None: all at once. The completions are the same.
     """
 
     max_new_tokens: int = 64
@@ -42,6 +44,7 @@ class SamplingConfig:
     group_size: int = 1
     stop: Sequence[str] = ()
     max_staleness: int = 0
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be sampled with."""
@@ -52,6 +55,7 @@ class SamplingConfig:
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("group_size", self.group_size >= 1, "at least 1"),
             ("max_staleness", self.max_staleness >= 0, "0 (synchronous) or more"),
+            ("max_rows", self.max_rows is None or self.max_rows >= 1, "at least 1, or null for all at once"),
         ):
             if not ok:
                 raise InputError(f"sampling: {name} must be {rule}, got {getattr(self, name)}")

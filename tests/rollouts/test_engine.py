@@ -24,6 +24,7 @@ from transformers import (
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.rollouts.engines import RolloutEngine, TransformersEngine, cache
+from lit_rlhf.rollouts.engines import draw as draw_module
 from lit_rlhf.rollouts.engines import transformers as engine_module
 from lit_rlhf.rollouts.random import mix_seed
 from lit_rlhf.types import Rollout, SamplingConfig, pad_left
@@ -128,12 +129,12 @@ def responses(rollout):
 # --- agreement with Transformers and with a plain forward
 
 
-@pytest.mark.parametrize("preallocate", [True, False])
+@pytest.mark.parametrize("how", [{}, {"share_prompts": False}, {"share_prompts": False, "preallocate": False}])
 @pytest.mark.parametrize(("kind", "eos_bias"), [("llama", 2.0), ("qwen2", 1.0), ("gpt2", 1.0)])
-def test_greedy_equals_generate(kind, eos_bias, preallocate):
+def test_greedy_equals_generate(kind, eos_bias, how):
     model = build(kind, eos_bias=eos_bias)
     expected = hf_greedy(model, PROMPTS, steps=16)
-    rollout = engine_for(model, preallocate=preallocate).generate(PROMPTS, SamplingConfig(16, temperature=0), seed=0)
+    rollout = engine_for(model, **how).generate(PROMPTS, SamplingConfig(16, temperature=0), seed=0)
     assert torch.equal(rollout.response_ids, expected)
     assert rollout.lengths.min() < 16, "no row ends early: the test says nothing about EOS"
     assert rollout.lengths.max() == 16
@@ -230,21 +231,21 @@ def test_top_k_and_top_p(top_k, top_p):
 def test_a_token_of_probability_zero_is_never_drawn(uniform, expected):
     never = float("-inf")
     logits = torch.tensor([[never, never, 0.0, never, 0.0, never]]).repeat(3, 1)
-    token, logprob = engine_module._draw(logits, torch.full((3,), uniform, dtype=torch.float64), SamplingConfig())
+    token, logprob = draw_module.draw(logits, torch.full((3,), uniform, dtype=torch.float64), SamplingConfig())
     assert token.tolist() == [expected] * 3
     torch.testing.assert_close(logprob, torch.full((3,), -math.log(2)))
 
 
 def test_the_boundary_between_two_tokens_belongs_to_the_second():
     logits = torch.zeros(1, 4)
-    tokens = [int(engine_module._draw(logits, torch.tensor([k / 4]).double(), SamplingConfig())[0]) for k in range(4)]
+    tokens = [int(draw_module.draw(logits, torch.tensor([k / 4]).double(), SamplingConfig())[0]) for k in range(4)]
     assert tokens == [0, 1, 2, 3]
 
 
 def test_single_precision_uniforms_stay_below_one():
     largest = torch.tensor([1 - 2**-52], dtype=torch.float64)
-    assert engine_module._for_sampling(largest, torch.device("cpu")).item() < 1
-    assert engine_module._for_sampling(largest, torch.device("cpu")).dtype == torch.float64
+    assert draw_module.for_sampling(largest, torch.device("cpu")).item() < 1
+    assert draw_module.for_sampling(largest, torch.device("cpu")).dtype == torch.float64
 
 
 def test_logits_that_are_not_finite_show_in_the_logprobs():
@@ -409,13 +410,13 @@ def test_seldom_checks_change_nothing(monkeypatch, every):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_preallocated_cache_changes_nothing(monkeypatch, kind):
     model, sampling = build(kind, eos_bias=2.0), SamplingConfig(30, group_size=3)
-    growing = engine_for(model, preallocate=False).generate(PROMPTS, sampling, 0)
+    growing = engine_for(model, share_prompts=False, preallocate=False).generate(PROMPTS, sampling, 0)
     used = []
     original = cache.PreallocatedLayer.update
     monkeypatch.setattr(
         cache.PreallocatedLayer, "update", lambda self, *args, **kw: used.append(1) or original(self, *args, **kw)
     )
-    assert_same(growing, engine_for(model).generate(PROMPTS, sampling, 0))
+    assert_same(growing, engine_for(model, share_prompts=False).generate(PROMPTS, sampling, 0))
     assert used
 
 

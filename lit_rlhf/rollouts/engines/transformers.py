@@ -8,9 +8,9 @@ numbers belong to the prompt and not to the batch (`lit_rlhf.rollouts.random`).
 from __future__ import annotations
 
 import copy
-import inspect
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from typing_extensions import Self
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import max_positions
 from lit_rlhf.models.modes import eval_mode
-from lit_rlhf.rollouts.engines.cache import new_cache
+from lit_rlhf.rollouts.engines.draw import draw, for_sampling
+from lit_rlhf.rollouts.engines.forward import Forward, SharedForward
+from lit_rlhf.rollouts.engines.shared import NotShareableError
 from lit_rlhf.rollouts.random import mix_seed, uniforms
 from lit_rlhf.types import Rollout, SamplingConfig, pad_left
 
@@ -35,7 +37,9 @@ class TransformersEngine:
         eos_token_ids: tokens that end a completion; they belong to it.
         pad_token_id: fills the unused cells. It may be one of the EOS tokens.
         stop_token_ids: further tokens that end a completion.
-        preallocate: allocate the cache once per call instead of growing it at every token.
+        share_prompts: keep a prompt's keys and values once for all its samples and attend to them together, where
+            the model's attention allows it. Otherwise every row has a cache of its own.
+        preallocate: allocate that cache once per call instead of growing it at every token.
     """
 
     def __init__(
@@ -43,11 +47,13 @@ class TransformersEngine:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         stop_token_ids: Sequence[int] = (),
+        share_prompts: bool = True,
         preallocate: bool = True,
     ) -> None:
         self.end_token_ids = sorted({*eos_token_ids, *stop_token_ids})
         self.pad_token_id = pad_token_id
-        self.preallocate = preallocate
+        self.share_prompts, self.preallocate = share_prompts, preallocate
+        self._not_shared: frozenset[type] = frozenset()
         self.model: Any = None
         self.version = 0
 
@@ -77,8 +83,7 @@ class TransformersEngine:
         ends = torch.tensor(self.end_token_ids, dtype=torch.long, device=device)
         uniform = uniforms(_seed_per_prompt(seed, len(ids)), G, sampling.max_new_tokens)
         with eval_mode(self.model):
-            forward = _Forward(self.model, ids, mask, sampling.max_new_tokens, self.preallocate)
-            response, response_mask, logprobs = self._sample(forward, sampling, _for_sampling(uniform, device), ends)
+            response, response_mask, logprobs = self._sampled(prompt_ids, sampling, for_sampling(uniform, device), ends)
         last = response.gather(1, response_mask.sum(1, keepdim=True) - 1).squeeze(1)
         return Rollout(
             prompt_ids=ids.repeat_interleave(G, 0),
@@ -115,135 +120,111 @@ class TransformersEngine:
             )
         return ids, mask
 
+    def _sampled(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, uniform: Tensor, ends: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The quickest way that is right for the model. A model says at its first token whether it can share."""
+        steps = sampling.max_new_tokens
+        if self.share_prompts and type(self.model) not in self._not_shared:
+            try:
+                return self._sample(SharedForward(self.model, prompt_ids, steps), sampling, uniform, ends)
+            except NotShareableError:
+                self._not_shared |= {type(self.model)}
+        return self._sample(Forward(self.model, prompt_ids, steps, self.preallocate), sampling, uniform, ends)
+
     def _sample(
-        self, forward: _Forward, sampling: SamplingConfig, uniform: Tensor, ends: Tensor
+        self, forward: Forward, sampling: SamplingConfig, uniform: Tensor, ends: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sample `[N, T]` ids, mask and log-probs, T the longest response. `uniform` is `[N, max_new_tokens]`."""
-        (N, steps), device = uniform.shape, uniform.device
-        check_every = _STEPS_BETWEEN_CHECKS.get(device.type, 8)
-        logits = forward.prefill(sampling.group_size)
-        live = _Live(torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device), uniform)
-        response = torch.full((N, steps), self.pad_token_id, device=device)
-        response_mask = torch.zeros((N, steps), dtype=torch.bool, device=device)
-        logprobs = torch.zeros((N, steps), device=device)
-        for step in range(steps):
-            token, logprob = _draw(logits, live.uniform[:, step], sampling)
-            response[live.row, step] = torch.where(live.alive, token, self.pad_token_id)
-            response_mask[live.row, step] = live.alive
-            logprobs[live.row, step] = torch.where(live.alive, logprob, 0.0)
-            live.alive = live.alive & ~torch.isin(token, ends)
-            if step + 1 == steps:
+        (N, steps), G = uniform.shape, sampling.group_size
+        check_every = _STEPS_BETWEEN_CHECKS.get(uniform.device.type, 8)
+        sheet = _Sheet(uniform, sampling, ends)
+        rows, waiting, iteration = sheet.rows(0, 0), 0, 0
+        while True:  # each time round is one forward pass: where it is a collective, ranks stay in step
+            more = _admissible(N - waiting, len(rows), min(sampling.max_rows or N, N), G, forward.joins)
+            if more:
+                prompts = Counter(row // G for row in range(waiting, waiting + more))
+                logits = forward.admit(list(prompts), list(prompts.values()))
+                rows = rows.joined(sheet.draw(sheet.rows(waiting, waiting + more), logits))
+                waiting += more
+            else:
+                rows = sheet.draw(rows, forward.decode(rows.token))
+            iteration += 1
+            if iteration % check_every and iteration != steps:
+                continue
+            alive = rows.cell < rows.last
+            count = int(alive.sum())
+            if not self._any_alive(count + N - waiting):
                 break
-            if (step + 1) % check_every == 0:
-                count = int(live.alive.sum())
-                if not self._any_alive(count):
-                    break
-                if 0 < count < _KEEP_FRACTION * len(live.row):
-                    kept = live.alive.nonzero().squeeze(1)
-                    token, live = token[kept], live.select(kept)
-                    forward.select(kept)
-            logits = forward.decode(token)
-        longest = int(response_mask.sum(1).max())
-        return response[:, :longest], response_mask[:, :longest], logprobs[:, :longest]
+            if count < _KEEP_FRACTION * len(rows) and (count or waiting < N):
+                kept = alive.nonzero().squeeze(1)
+                rows = rows.select(kept)
+                forward.select(kept)
+        return sheet.filled(self.pad_token_id)
 
     def _any_alive(self, count: int) -> bool:
         """Whether to go on. Where a forward is a collective (FSDP), this is the place to ask every rank."""
         return count > 0
 
 
-@dataclass
-class _Live:
-    """The rows still in the batch, n of them."""
-
-    row: Tensor  # [n] where the row belongs in the rollout
-    alive: Tensor  # [n] bool, not ended yet
-    uniform: Tensor  # [n, max_new_tokens]
-
-    def select(self, kept: Tensor) -> _Live:
-        return _Live(self.row[kept], self.alive[kept], self.uniform[kept])
+def _admissible(waiting: int, held: int, limit: int, group_size: int, joins: bool) -> int:
+    """How many of the `waiting` rows to admit beside the `held` ones: whole groups, where a group fits in `limit`."""
+    if held and not joins:
+        return 0
+    room = limit - held
+    return min(waiting, room - room % group_size if limit >= group_size else room)
 
 
-class _Forward:
-    """The model with its cache, mask and positions: tokens in, next-token logits `[n, V]` out."""
+@dataclass(frozen=True)
+class _Rows:
+    """The rows in the batch, n of them."""
 
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor, steps: int, preallocate: bool) -> None:
-        self.model, self.ids = model, ids
-        self.length = ids.shape[1]  # columns in the cache, padding included
-        self.attention = torch.cat([mask.long(), mask.new_ones((len(ids), steps), dtype=torch.long)], 1)
-        self.position = mask.sum(1, keepdim=True)  # [n, 1] of the next token
-        bare = getattr(model, "_orig_mod", model)  # of torch.compile
-        base = getattr(bare, "get_base_model", lambda: bare)()  # of PEFT
-        named = inspect.signature(base.forward).parameters
-        if "past_key_values" not in named:  # its **kwargs would swallow the cache: every token sampled from one alone
-            raise InputError(
-                f"{type(base).__name__} takes no past_key_values, so that it cannot be sampled from here; use a model "
-                "with a key-value cache, or give the algorithm an engine of your own"
-            )
-        self.cache = new_cache(model.config, capacity=self.length + steps - 1, preallocate=preallocate)
-        self.takes_position, self.takes_logits_to_keep = "position_ids" in named, "logits_to_keep" in named
+    cell: Tensor  # [n] where the row's next token belongs, in the flattened sheet
+    last: Tensor  # [n] the row's spare cell: reached when it has ended
+    token: Tensor  # [n] the token drawn last
 
-    def prefill(self, repeats: int) -> Tensor:
-        """Run every prompt once; the rows are then repeated `repeats` times, prompt by prompt."""
-        positions = (self.attention[:, : self.length].cumsum(1) - 1).clamp(min=0)
-        logits = self._run(self.ids, positions)
-        if repeats == 1:
-            return logits
-        rows = torch.arange(len(self.ids), device=logits.device).repeat_interleave(repeats)
-        self.select(rows)
-        return logits[rows]
+    def __len__(self) -> int:
+        return len(self.cell)
 
-    def decode(self, token: Tensor) -> Tensor:
-        """Append one token per row, `[n]`."""
-        self.length += 1
-        logits = self._run(token.unsqueeze(1), self.position)
-        self.position = self.position + 1
-        return logits
+    def select(self, kept: Tensor) -> _Rows:
+        return _Rows(self.cell[kept], self.last[kept], self.token[kept])
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row may be taken several times."""
-        self.cache.reorder_cache(rows)  # unlike batch_select_indices, every kind of layer has it
-        self.attention, self.position = self.attention[rows], self.position[rows]
-
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        extra: dict[str, Any] = {"position_ids": positions} if self.takes_position else {}
-        if self.takes_logits_to_keep:
-            extra["logits_to_keep"] = 1
-        attention = self.attention[:, : self.length]
-        out = self.model(input_ids=ids, attention_mask=attention, past_key_values=self.cache, use_cache=True, **extra)
-        logits: Tensor = out.logits[:, -1]
-        return logits
+    def joined(self, new: _Rows) -> _Rows:
+        return _Rows(*(torch.cat([getattr(self, f.name), getattr(new, f.name)]) for f in fields(_Rows)))
 
 
-def _draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Draw from `[n, V]` logits by the inverse distribution function. Returns tokens and log-probs, `[n]`."""
-    logits = logits.float()
-    if sampling.temperature == 0:
-        token = logits.argmax(-1)
-        return token, logits.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
-    logprobs = _truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(-1)
-    cumulative = logprobs.exp().cumsum(-1, dtype=uniform.dtype)
-    # The first entry above the target, so that a token of probability zero is never drawn. The clamp matters for NaN.
-    token = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True)
-    token = token.clamp(max=logits.shape[1] - 1)
-    return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
+class _Sheet:
+    """What is sampled, by row and step, and the numbers to sample it with.
 
+    Every row has a spare cell at its end, which takes what is drawn for it once it has ended. So a step writes all
+    rows, whatever state each is in, and no state is read back from the device.
+    """
 
-def _truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Forbid all but the `top_k` most likely tokens, then all but the fewest that hold `top_p` of the mass."""
-    if 0 < top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    if top_p < 1:
-        ranked, order = logits.sort(descending=True)
-        probs = ranked.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
-    return logits
+    def __init__(self, uniform: Tensor, sampling: SamplingConfig, ends: Tensor) -> None:
+        (self.N, steps), self.sampling, self.ends = uniform.shape, sampling, ends
+        self.width = steps + 1
+        self.uniform = nn.functional.pad(uniform, (0, 1)).flatten()
+        self.token = torch.full_like(self.uniform, -1, dtype=torch.long)
+        self.logprob = torch.zeros_like(self.uniform, dtype=torch.float32)
 
+    def rows(self, first: int, end: int) -> _Rows:
+        """Rows that have no token yet."""
+        cell = torch.arange(first, end, device=self.ends.device) * self.width
+        return _Rows(cell, cell + (self.width - 1), cell)
 
-def _for_sampling(uniform: Tensor, device: torch.device) -> Tensor:
-    """Move to the device, as the precision to sum probabilities in; times any total stays below the total."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    return uniform.to(dtype).clamp(max=1 - torch.finfo(dtype).eps).to(device)
+    def draw(self, rows: _Rows, logits: Tensor) -> _Rows:
+        """Draw and note down the next token of each row."""
+        token, logprob = draw(logits, self.uniform[rows.cell], self.sampling)
+        self.token[rows.cell], self.logprob[rows.cell] = token, logprob
+        following = torch.where(torch.isin(token, self.ends), rows.last, torch.minimum(rows.cell + 1, rows.last))
+        return _Rows(following, rows.last, token)
+
+    def filled(self, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and log-probs `[N, T]`, T the longest response."""
+        token, logprob = (x.view(self.N, self.width)[:, :-1] for x in (self.token, self.logprob))
+        mask = token >= 0
+        longest = int(mask.sum(1).max())
+        return token.masked_fill(~mask, pad)[:, :longest], mask[:, :longest], logprob[:, :longest].contiguous()
 
 
 def _seed_per_prompt(seed: int | Sequence[int], prompts: int) -> list[int]:
