@@ -76,4 +76,4 @@ def gradient(module: Any, batch: Any) -> tuple[float, dict[str, torch.Tensor]]:
     loss = module.training_step(batch)
     loss.backward()
     named = module.models.policy.named_parameters()
-    return float(loss), {name: p.grad.clone() for name, p in named if p.grad is not None}
+    return float(loss.detach()), {name: p.grad.clone() for name, p in named if p.grad is not None}

@@ -122,4 +122,4 @@ def gradient(trainer: Any, inputs: Any) -> tuple[float, dict[str, torch.Tensor]]
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     named = trainer.model.named_parameters()
-    return float(loss), {name: p.grad.clone() for name, p in named if p.grad is not None}
+    return float(loss.detach()), {name: p.grad.clone() for name, p in named if p.grad is not None}

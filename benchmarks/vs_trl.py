@@ -10,8 +10,9 @@ rows, same threads, float32, AdamW, gradient clipping at 1, the same number of r
 reference for GRPO; what TRL is given beside that stands in `side_trl.py`. Time and tokens are of whole steps, rollout
 and update; where the lengths are random, time is per sampled token.
 
-Memory is the resident memory's peak over what it was before the first step: gradients and AdamW's moments, which both
-need, are in it. `cpu` is the ratio of the processor time of all threads, which other work on the machine changes less.
+`cpu` is the ratio of the processor time of all threads, which other work on the machine changes less. Memory is the
+resident memory's peak over what it was before the first step; the last column is its ratio without the gradients and
+AdamW's moments, which both hold (12 bytes per parameter).
 
 The benchmark fails if the work differs: if one side sampled or trained on another number of tokens (where lengths are
 random: by more than chance allows), or if the losses or the gradients of the same rows disagree.
@@ -30,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from workers import Block, Worker
-from workloads import WORKLOADS, Workload, with_stories
+from workloads import WORKLOADS, Workload, build_model, with_stories
 
+OPTIMIZER_BYTES = 12  # float32 of a gradient and two moments
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3  # relative; both compute in float32, in another order
 DEVIATIONS = 4  # of the mean length of random completions, between the two sides
 QUIET = {
@@ -113,15 +115,22 @@ def row(work: Workload, found: dict[str, list[Block]]) -> dict[str, Any]:
     if "trl" in found:
         parts = ("step", "rollout", "update", "cpu") if work.samples else ("step", "cpu")
         told["ratios"] = {part: ratios(work, found, part) for part in parts}
-        told["memory_ratio"] = told["ours"]["megabytes"] / told["trl"]["megabytes"]
+        held = OPTIMIZER_BYTES * parameters(work) / 1e6
+        mine, theirs = told["ours"]["megabytes"], told["trl"]["megabytes"]
+        told["memory_ratios"] = {"all": mine / theirs, "beyond_optimizer": (mine - held) / (theirs - held)}
     return told
+
+
+def parameters(work: Workload) -> int:
+    """How many are trained."""
+    return sum(p.numel() for p in build_model(work).parameters() if p.requires_grad)
 
 
 HEADER = """\
 |    | workload                                     | step: TRL / ours      | rollout | update | cpu  | \
-ours: step (rollout + update) | TRL: step (rollout + update)  | memory: ours | TRL   | ours / TRL |
+ours: step (rollout + update) | TRL: step (rollout + update)  | memory: ours | TRL     | ours / TRL | beyond     |
 |----|----------------------------------------------|-----------------------|---------|--------|------|-\
-------------------------------|-------------------------------|--------------|-------|------------|"""
+------------------------------|-------------------------------|--------------|---------|------------|------------|"""
 
 
 def line(told: dict[str, Any]) -> str:
@@ -137,8 +146,9 @@ def line(told: dict[str, Any]) -> str:
         of = told.get(side)
         cells.append(f"{_seconds(of):<29}" if of else f"{'-':<29}")
     megabytes = [f"{told[side]['megabytes']:.0f} MB" if side in told else "-" for side in ("ours", "trl")]
-    cells += [f"{megabytes[0]:>12}", f"{megabytes[1]:>5}"]
-    cells.append(f"{told['memory_ratio']:>10.2f}" if "trl" in told else f"{'-':>10}")
+    cells += [f"{megabytes[0]:>12}", f"{megabytes[1]:>7}"]
+    of_memory = told.get("memory_ratios", {})
+    cells += [f"{of_memory[which]:>10.2f}" if of_memory else f"{'-':>10}" for which in ("all", "beyond_optimizer")]
     return f"| {' | '.join(cells)} |"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,6 +141,4 @@ def reward_of(ids: Sequence[int]) -> float:
 
 def with_stories(work: Workload, folder: Path | None) -> Workload:
     """W1 with the weights in `folder`, where there is one."""
-    from dataclasses import replace
-
     return replace(work, stories=str(folder)) if folder is not None and work.name == "W1" else work
