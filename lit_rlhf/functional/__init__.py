@@ -9,6 +9,7 @@ from lit_rlhf.functional.advantages import (
 from lit_rlhf.functional.aggregation import aggregate, aggregation_unit
 from lit_rlhf.functional.evaluation import majority_at_k, mean_interval, pass_at_k, rate_interval
 from lit_rlhf.functional.kl import adaptive_kl_coef, approx_kl, doubling_coef, exact_kl, kl_estimate
+from lit_rlhf.functional.linear_logprobs import linear_logprobs
 from lit_rlhf.functional.logprobs import token_entropy, token_logprobs
 from lit_rlhf.functional.masked import explained_variance, masked_mean, masked_whiten
 from lit_rlhf.functional.policy_losses import (
@@ -45,6 +46,7 @@ __all__ = [
     "importance_weights",
     "kl_estimate",
     "leave_one_out",
+    "linear_logprobs",
     "majority_at_k",
     "masked_mean",
     "masked_whiten",

@@ -58,8 +58,13 @@ def token_entropy(logits: Float[Tensor, "*S V"], temperature: float = 1.0) -> Fl
     return scaled.logsumexp(-1) - (scaled.softmax(-1) * scaled).sum(-1)
 
 
-def _scale(logits: Tensor, temperature: float) -> Tensor:
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that no token can be scored at."""
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0 to score tokens, got {temperature}")
+
+
+def _scale(logits: Tensor, temperature: float) -> Tensor:
+    check_temperature(temperature)
     scaled = logits if logits.dtype == torch.float64 else logits.float()
     return scaled if temperature == 1.0 else scaled / temperature

@@ -6,18 +6,18 @@ logits that are computed at all are decided here and nowhere else.
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lit_rlhf.functional import exact_kl, token_entropy, token_logprobs
+from lit_rlhf.functional import exact_kl, linear_logprobs, token_entropy, token_logprobs
+from lit_rlhf.functional.linear_logprobs import TILE
 from lit_rlhf.models.adapters import without_adapters
-from lit_rlhf.types import CompletionBatch, Rollout
-
-Completions = Rollout | CompletionBatch
+from lit_rlhf.models.forward import Completions, Part, Shortcuts, forward_parts
+from lit_rlhf.models.output_layer import continues_from_cache, output_layer
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ def score(
     entropy_gradient: bool = True,
     reference: nn.Module | None = None,
     head: nn.Module | None = None,
+    shortcuts: Shortcuts | None = None,
 ) -> Scores:
     """Teacher-forced log-probs of the rows' responses given their prompts.
 
-    Logits are computed only at the positions that predict a masked-in token; position ids are explicit, so
-    left padding changes nothing (ALGORITHMS: logits at position P+t-1 predict response token t).
+    Logits are computed only at the positions that predict a masked-in token (ALGORITHMS: those at position P+t-1
+    predict response token t), and padding takes no part in the forward pass, so that it changes nothing.
 
     Args:
         model: a Hugging Face causal language model.
@@ -64,73 +65,87 @@ def score(
         reference: also return the exact KL to this model without its adapters, if it has any, summed over the
             vocabulary.
         head: also return the values of this head on the model's last hidden states.
+        shortcuts: of the computation; all by default.
     """
-    ids, mask, predicts = _arrange(rows)
-    responses = rows.response_mask.bool()
-    logits, hidden = _forward(model, ids, mask, predicts, with_hidden=head is not None)
-    logprobs = _scatter(token_logprobs(logits, rows.response_ids[responses], temperature), responses)
-    found = {}
-    if entropy:
-        found["entropy"] = _scatter(
-            token_entropy(logits if entropy_gradient else logits.detach(), temperature), responses
-        )
+    shortcuts = shortcuts or Shortcuts()
+    layer, trunk = _taken_apart(model)
+    found: dict[str, list[Tensor]] = {}
+    parts: list[Part] = []
     if reference is not None:
-        with torch.no_grad(), without_adapters(reference):
-            ref_logits, _ = _forward(reference, ids, mask, predicts)
-        found["kl"] = _scatter(exact_kl(logits, ref_logits, temperature), responses)
-    if head is not None and hidden is not None:
-        found["values"] = _scatter(head(hidden[predicts]), responses)
-    return Scores(logprobs, **found)
+        ref_layer, ref_trunk = _taken_apart(reference)
+        shared = shortcuts.share_prompts and continues_from_cache(trunk) and continues_from_cache(ref_trunk)
+        shortcuts = replace(shortcuts, share_prompts=shared)  # so that both run in the same parts
+        ref_parts = forward_parts(ref_trunk, rows, shortcuts)
+    for part in forward_parts(trunk, rows, shortcuts):
+        parts.append(part)
+        ids = rows.response_ids[part.row, part.step]
+        logprobs, entropies = _logprobs(layer, part.states, ids, temperature, entropy, shortcuts)
+        said = {"logprobs": logprobs}
+        if entropies is not None:
+            said["entropy"] = entropies if entropy_gradient else entropies.detach()
+        if reference is not None:
+            with torch.no_grad(), without_adapters(reference):
+                ref_states = next(ref_parts).states
+            said["kl"] = _kl(layer, part.states, ref_layer, ref_states, temperature)
+        if head is not None and layer is not None:
+            said["values"] = head(part.states)
+        for name, numbers in said.items():
+            found.setdefault(name, []).append(numbers)
+    scattered = {name: _scatter(numbers, parts, rows) for name, numbers in found.items()}
+    if head is not None and layer is None:
+        scattered["values"] = score_values(cast(nn.Module, model.base_model), head, rows, shortcuts).values
+    return Scores(**scattered)
 
 
-def score_values(trunk: nn.Module, head: nn.Module, rows: Completions) -> Values:
+def score_values(trunk: nn.Module, head: nn.Module, rows: Completions, shortcuts: Shortcuts | None = None) -> Values:
     """Values of the rows' responses: the head read at the same positions as the logits.
 
     Args:
         trunk: a Hugging Face model without a language-modelling head.
         head: hidden states `[..., H]` to numbers `[...]`.
         rows: see `score`.
+        shortcuts: see `score`.
     """
-    ids, mask, predicts = _arrange(rows)
-    hidden = trunk(**_arguments(ids, mask)).last_hidden_state
-    end = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1).argmax(1)
-    last = head(hidden[torch.arange(len(end), device=end.device), end])
-    return Values(_scatter(head(hidden[predicts]), rows.response_mask.bool()), last)
+    parts = list(forward_parts(trunk, rows, shortcuts or Shortcuts()))
+    last = torch.cat([head(part.last) for part in parts])
+    order = torch.cat([part.rows for part in parts]).argsort()
+    return Values(_scatter([head(part.states) for part in parts], parts, rows), last[order])
 
 
-def _arrange(rows: Completions) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, the attended cells, and the cells that predict a masked-in token, all `[N, P + T]`."""
-    P, T = rows.prompt_ids.shape[1], rows.response_ids.shape[1]
-    responses = rows.response_mask.bool()
-    attended = responses.flip(1).cumsum(1).flip(1) > 0
-    mask = torch.cat([rows.prompt_mask.bool(), attended], dim=1)
-    ids = torch.cat([rows.prompt_ids, rows.response_ids], dim=1).masked_fill(~mask, 0)
-    predicts = torch.zeros_like(mask)
-    predicts[:, P - 1 : P + T - 1] = responses
-    return ids, mask, predicts
+def _taken_apart(model: Any) -> tuple[nn.Linear | None, nn.Module]:
+    """The output layer and the trunk; of a model that is more than these two, None and the whole model."""
+    layer = output_layer(model)
+    return layer, model if layer is None else model.base_model
 
 
-def _arguments(ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    return {
-        "input_ids": ids,
-        "attention_mask": mask.long(),
-        "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
-        "use_cache": False,
-    }
-
-
-def _forward(
-    model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, with_hidden: bool = False
+def _logprobs(
+    layer: nn.Linear | None, states: Tensor, ids: Tensor, temperature: float, entropy: bool, shortcuts: Shortcuts
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits `[K, V]` at the K true cells of `positions` `[N, L]`, row by row; the last hidden states `[N, L, H]`."""
-    selects = "logits_to_keep" in inspect.signature(model.forward).parameters
-    extra: dict[str, Any] = {"logits_to_keep": positions} if selects else {}
-    extra |= {"output_hidden_states": True} if with_hidden else {}
-    found = model(**_arguments(ids, mask), **extra)
-    logits: Tensor = found.logits if selects else found.logits[positions]
-    return logits, found.hidden_states[-1] if with_hidden else None
+    """Log-probs and entropies `[K]` of tokens from the states `[K, C]` before them, logits where there is no layer."""
+    if layer is not None and shortcuts.chunk_vocabulary:
+        return linear_logprobs(states, layer.weight, ids, layer.bias, temperature, entropy)
+    logits = states if layer is None else layer(states)
+    return token_logprobs(logits, ids, temperature), token_entropy(logits, temperature) if entropy else None
 
 
-def _scatter(flat: Tensor, mask: Tensor) -> Tensor:
-    """Put K numbers on the K true cells of `mask`, zero elsewhere: `[N, T]`, differentiable."""
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+def _kl(
+    layer: nn.Linear | None, states: Tensor, ref_layer: nn.Linear | None, ref_states: Tensor, temperature: float
+) -> Tensor:
+    """Exact KL to the reference `[K]`; where there are output layers, a few rows at a time and once more backward."""
+
+    def of_chunk(states: Tensor, ref_states: Tensor) -> Tensor:
+        logits = states if layer is None else layer(states)
+        return exact_kl(logits, ref_states if ref_layer is None else ref_layer(ref_states), temperature)
+
+    if layer is None:
+        return of_chunk(states, ref_states)
+    rows = max(TILE[0] * TILE[1] // layer.out_features, 1)
+    chunks = zip(torch.split(states, rows), torch.split(ref_states, rows), strict=True)
+    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _scatter(numbers: list[Tensor], parts: list[Part], rows: Completions) -> Tensor:
+    """Put each part's numbers `[K]` on the cells that they are of: `[N, T]`, differentiable, 0 elsewhere."""
+    flat = torch.cat(numbers)
+    cells = torch.cat([part.row for part in parts]), torch.cat([part.step for part in parts])
+    return flat.new_zeros(rows.response_mask.shape).index_put(cells, flat)

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.adapters import check_reference, is_adapted, shared_weights, unwrapped, without_adapters
+from lit_rlhf.models.forward import Shortcuts
 from lit_rlhf.models.heads import ScalarHead
 from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer, prepare_tokenizer, vocabulary_size
 from lit_rlhf.models.scoring import Scores, Values, score, score_values
@@ -46,6 +47,7 @@ class PolicyReferenceValue(nn.Module):
         value_std: float = 0.0,
     ) -> None:
         super().__init__()
+        self.shortcuts = Shortcuts()
         self.policy: Any = causal_lm(policy)
         self.policy.train()
         self.has_reference = reference
@@ -100,6 +102,7 @@ class PolicyReferenceValue(nn.Module):
             entropy_gradient=entropy_gradient,
             reference=reference,
             head=head,
+            shortcuts=self.shortcuts,
         )
         if values and head is None:
             scores = replace(scores, values=self.score_values(rows).values)
@@ -110,14 +113,14 @@ class PolicyReferenceValue(nn.Module):
         """Log-probs `[N, T]` of the rows' completions under the frozen reference."""
         reference = self._reference()
         with without_adapters(reference):
-            return score(reference, rows, temperature=temperature)
+            return score(reference, rows, temperature=temperature, shortcuts=self.shortcuts)
 
     def score_values(self, rows: Rollout | CompletionBatch) -> Values:
         """The value function before each token `[N, T]` and after the last one `[N]`, with gradient."""
         if self.value_head is None:
             raise RuntimeError("there is no value function; build PolicyReferenceValue(..., value='shared')")
         trunk = self.policy.base_model if self.value_trunk is None else self.value_trunk
-        return score_values(trunk, self.value_head, rows)
+        return score_values(trunk, self.value_head, rows, self.shortcuts)
 
     def _reference(self) -> nn.Module:
         if not self.has_reference:

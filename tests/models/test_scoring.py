@@ -8,6 +8,7 @@ from torch import nn
 
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.data.modules import RowsDataModule
+from lit_rlhf.models.forward import Shortcuts
 from lit_rlhf.models.scoring import score
 from lit_rlhf.models.wrapper import PolicyReferenceValue
 from lit_rlhf.rollouts.engines import TransformersEngine
@@ -149,13 +150,12 @@ class TableModel(nn.Module):
         super().__init__()
         self.table = nn.Parameter(logits)
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
-        self.position_ids = position_ids
-        return type("Output", (), {"logits": self.table})()
+    def forward(self, input_ids, use_cache=None):
+        return type("Output", (), {"logits": self.table[: len(input_ids), : input_ids.shape[1]]})()
 
 
 def test_only_the_positions_that_predict_a_response_token_get_a_gradient():
-    P, T, lengths, prompt_lengths = 3, 4, [4, 2, 0], [3, 1, 2]
+    P, T, lengths, prompt_lengths = 3, 4, [4, 2, 0], [3, 1, 2]  # the longest first, as the rows are read
     model = TableModel(torch.zeros(3, P + T, 5, dtype=torch.float64))
     ids = torch.randint(0, 5, (3, P + T))
     masks = mask_of(prompt_lengths, P, left=True), mask_of(lengths, T)
@@ -169,21 +169,21 @@ def test_only_the_positions_that_predict_a_response_token_get_a_gradient():
     assert scores.entropy[masks[1]].mean().item() == pytest.approx(math.log(5), abs=1e-12)
     reached = (model.table.grad != 0).any(-1)
     expected = torch.zeros(3, P + T, dtype=torch.bool)
-    for i, length in enumerate(lengths):
-        expected[i, P - 1 : P - 1 + length] = True
+    for i, (prompt, length) in enumerate(zip(prompt_lengths, lengths, strict=True)):
+        expected[i, prompt - 1 : prompt - 1 + length] = True
     assert reached.tolist() == expected.tolist()
-    for i, t in [(0, 0), (0, 3), (1, 1)]:  # the gradient of -log p is p - onehot
+    for i, t in [(0, 0), (0, 3), (1, 1)]:  # the gradient of log p is onehot - p
         onehot = torch.eye(5, dtype=torch.float64)[ids[i, P + t]]
-        torch.testing.assert_close(model.table.grad[i, P + t - 1], onehot - 0.2, atol=1e-12, rtol=0)
-    assert model.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1]]
+        torch.testing.assert_close(model.table.grad[i, prompt_lengths[i] + t - 1], onehot - 0.2, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_computed_only_where_they_are_needed(kind):
     model, rows, seen = tiny_model(kind), random_experience(dtype=torch.float32), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel() // 32))
-    scored(model, rows, entropy=True)
-    assert seen == [int(rows.response_mask.sum())]
+    scored(model, rows, entropy=True, shortcuts=Shortcuts(chunk_vocabulary=False))
+    assert seen[0] == 2  # two tokens, to see what the model consists of
+    assert sum(seen[1:]) == int(rows.response_mask.sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,10 +203,8 @@ class WithoutLogitsToKeep(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, attention_mask, position_ids, use_cache):
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
-        )
+    def forward(self, input_ids, use_cache):
+        return self.model(input_ids=input_ids, use_cache=use_cache)
 
 
 def test_a_model_that_cannot_leave_logits_out_scores_the_same():

@@ -1,0 +1,184 @@
+"""The forward pass over completions, on as few tokens as will do.
+
+Rows are read without padding between prompt and response and a few at a time, by length; a prompt that several rows
+have is read once, and their responses behind its keys and values. Row by row, what comes out is the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import DynamicCache
+
+from lit_rlhf.models.output_layer import continues_from_cache
+from lit_rlhf.types import CompletionBatch, Rollout
+
+Completions = Rollout | CompletionBatch
+_TOKENS_OF_A_PASS = {"cpu": 128}  # the number of tokens that one more forward pass costs as much as; elsewhere 2048
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """What makes scoring faster or smaller. None of it changes a result.
+
+    Args:
+        share_prompts: read a prompt once for all the rows that have it.
+        sort_by_length: run rows of different lengths apart, where that saves more padding than a forward pass costs.
+        chunk_vocabulary: never hold the logits of all tokens, see `functional.linear_logprobs`.
+    """
+
+    share_prompts: bool = True
+    sort_by_length: bool = True
+    chunk_vocabulary: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a model says of some of the rows, at K of their response tokens."""
+
+    row: Tensor  # [K] which row a token is of
+    step: Tensor  # [K] which token of the response it is
+    states: Tensor  # [K, C] before the token: hidden states, or the logits of a model with its output layer
+    rows: Tensor  # [n] the part's rows
+    last: Tensor | None  # [n, C] after the last token; None of a model with its output layer
+
+
+def forward_parts(model: nn.Module, rows: Completions, shortcuts: Shortcuts) -> Iterator[Part]:
+    """Run the model over the rows, in parts that together are all of them.
+
+    Args:
+        model: a trunk; or a language model, of which the states are the logits, computed where they are asked for.
+        rows: prompts `[N, P]`, left-padded, and responses `[N, T]`, right-padded; what stands in padded cells does not
+            matter. False cells of `response_mask` before a row's last true one are attended to.
+        shortcuts: which to take.
+    """
+    read = _Rows.of(rows)
+    cost = _TOKENS_OF_A_PASS.get(read.prompts.device.type, 2048)
+    split = cost if shortcuts.sort_by_length and not isinstance(model, FSDPModule) else None  # of shards, all as one
+    if shortcuts.share_prompts and continues_from_cache(model):
+        prompts, of_row = read.distinct_prompts()
+        if int(read.prompt_lengths.sum()) - prompts.prompts.numel() > cost:
+            yield from _behind_prompts(model, read, prompts, of_row, split)
+            return
+    for some in by_length((read.prompt_lengths + read.response_lengths).cpu(), split):
+        yield _in_one(model, read, some.to(read.prompts.device))
+
+
+def by_length(lengths: Tensor, cost: int | None) -> list[Tensor]:
+    """Split rows of these lengths `[N]` into batches of similar ones, where each saves more than `cost` cells.
+
+    >>> by_length(torch.tensor([5, 900, 4, 1000]), cost=100)
+    [tensor([3, 1]), tensor([0, 2])]
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    if cost is None or len(lengths) < 2:
+        return [order]
+    batches, waiting = [], [order]
+    while waiting:
+        rows = waiting.pop()
+        ordered = lengths[rows]
+        saved = torch.arange(len(rows), 0, -1) * (ordered[0] - ordered)
+        cut = int(saved.argmax())
+        if saved[cut] > cost:
+            waiting += [rows[cut:], rows[:cut]]
+        else:
+            batches.append(rows)
+    return batches
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Prompts and responses, each beginning in column 0."""
+
+    prompts: Tensor  # [N, P]
+    prompt_lengths: Tensor  # [N], at least 1
+    responses: Tensor  # [N, T]
+    response_lengths: Tensor  # [N], of what is attended to
+    scored: Tensor  # [N, T] bool
+
+    @classmethod
+    def of(cls, rows: Completions) -> _Rows:
+        mask, scored = rows.prompt_mask.bool(), rows.response_mask.bool()
+        attended = scored.flip(1).cumsum(1).flip(1) > 0
+        first = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        prompts = rows.prompt_ids.masked_fill(~mask, 0).gather(1, first)
+        lengths = mask.sum(1).clamp(min=1)  # a row without a prompt begins with token 0
+        widest = int(lengths.max()) if len(lengths) else 1
+        responses = rows.response_ids.masked_fill(~attended, 0)
+        return cls(prompts[:, :widest], lengths, responses, attended.sum(1), scored)
+
+    def distinct_prompts(self) -> tuple[_Rows, Tensor]:
+        """Every prompt once, without responses, and the number `[N]` of each row's."""
+        keys = torch.cat([self.prompt_lengths.unsqueeze(1), self.prompts], dim=1)
+        kept, of_row = torch.unique(keys, dim=0, return_inverse=True)
+        nothing = kept[:, :0]
+        return _Rows(kept[:, 1:], kept[:, 0], nothing, torch.zeros_like(kept[:, 0]), nothing.bool()), of_row
+
+    def scored_cells(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Row, counted among `rows`, and step of every scored token of theirs, `[K]` each."""
+        row, step = self.scored[rows].nonzero(as_tuple=True)
+        return row, step
+
+
+def _in_one(model: Any, read: _Rows, rows: Tensor) -> Part:
+    """Prompt and response of each row in one; nothing is masked, since what follows a row cannot be attended to."""
+    prompt, response = read.prompt_lengths[rows], read.response_lengths[rows]
+    column = torch.arange(int((prompt + response).max()), device=rows.device).unsqueeze(0)
+    behind = column - prompt.unsqueeze(1)
+    of_prompt = read.prompts[rows].gather(1, column.expand(len(rows), -1).clamp(max=read.prompts.shape[1] - 1))
+    of_response = read.responses[rows].gather(1, behind.clamp(0, read.responses.shape[1] - 1))
+    ids = torch.where(behind < 0, of_prompt, of_response.masked_fill(behind >= response.unsqueeze(1), 0))
+    row, step = read.scored_cells(rows)
+    cell = prompt[row] + step - 1
+    named = inspect.signature(model.forward).parameters
+    if "logits_to_keep" in named:
+        wanted = torch.zeros_like(ids, dtype=torch.bool).index_put((row, cell), torch.ones_like(row, dtype=torch.bool))
+        states = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
+        return Part(rows[row], step, states, rows, None)
+    found = model(input_ids=ids, use_cache=False)
+    if not hasattr(found, "last_hidden_state"):
+        return Part(rows[row], step, found.logits[row, cell], rows, None)
+    hidden = found.last_hidden_state
+    last = hidden[torch.arange(len(rows), device=rows.device), prompt + response - 1]
+    return Part(rows[row], step, hidden[row, cell], rows, last)
+
+
+def _behind_prompts(trunk: Any, read: _Rows, prompts: _Rows, of_row: Tensor, split: int | None) -> Iterator[Part]:
+    """Every prompt once, then the responses behind the keys and values of theirs."""
+    cache = DynamicCache(config=trunk.config)
+    hidden = trunk(input_ids=prompts.prompts, past_key_values=cache, use_cache=True).last_hidden_state
+    before = hidden[torch.arange(len(hidden), device=hidden.device), prompts.prompt_lengths - 1]
+    for some in by_length(read.response_lengths.cpu(), split):
+        rows = some.to(of_row.device)
+        lengths, width = read.prompt_lengths[rows], int(read.response_lengths[rows].max())
+        states = before[of_row[rows]].unsqueeze(1)  # [n, 1 + width, H]
+        if width:
+            states = torch.cat(
+                [states, _continue(trunk, cache, of_row[rows], lengths, read.responses[rows, :width])], 1
+            )
+        row, step = read.scored_cells(rows)
+        last = states[torch.arange(len(rows), device=rows.device), read.response_lengths[rows]]
+        yield Part(rows[row], step, states[row, step], rows, last)
+
+
+def _continue(trunk: Any, cache: DynamicCache, prompt: Tensor, lengths: Tensor, ids: Tensor) -> Tensor:
+    """Hidden states `[n, t, H]` of the tokens `ids` `[n, t]` behind the prompts `[n]` of these lengths."""
+    longest = int(lengths.max())
+    held = DynamicCache(config=trunk.config)
+    for layer, of_prompts in zip(held.layers, cache.layers, strict=True):
+        keys, values = (x[:, :, :longest].index_select(0, prompt) for x in (of_prompts.keys, of_prompts.values))
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    columns = torch.arange(longest, device=ids.device)
+    mask = torch.cat([columns < lengths.unsqueeze(1), torch.ones_like(ids, dtype=torch.bool)], dim=1).long()
+    arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": held, "use_cache": True}
+    if "position_ids" in inspect.signature(trunk.forward).parameters:
+        arguments["position_ids"] = lengths.unsqueeze(1) + torch.arange(ids.shape[1], device=ids.device)
+    hidden: Tensor = trunk(input_ids=ids, **arguments).last_hidden_state
+    return hidden

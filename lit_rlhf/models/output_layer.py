@@ -1,0 +1,61 @@
+"""A language model as a trunk and an output layer, where that is all there is to it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+_found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def output_layer(model: nn.Module) -> nn.Linear | None:
+    """The linear layer whose outputs on `model.base_model`'s last hidden states are the model's logits, if there is.
+
+    There is none in models that scale or cap their logits, whose output layer carries adapters, or that are sharded or
+    compiled as a whole. The model is run once, on two tokens, to see.
+    """
+    if not isinstance(model, PreTrainedModel) or isinstance(model, FSDPModule):
+        return None
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return None
+    if model not in _found:
+        _found[model] = _is_all(model, head)
+    return head if _found[model] else None
+
+
+@torch.no_grad()
+def _is_all(model: Any, head: nn.Linear) -> bool:
+    """Whether the head's inputs are the trunk's outputs, and the logits are the head's outputs, untouched."""
+    states: list[Tensor] = []
+    hooks = [
+        model.base_model.register_forward_hook(lambda _, __, out: states.append(out[0])),
+        head.register_forward_hook(lambda _, inputs, out: states.extend([inputs[0], out])),
+    ]
+    try:
+        logits = model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=head.weight.device)).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(states) != 3:
+        return False
+    hidden, read, written = states
+    return torch.equal(hidden, read) and logits.data_ptr() == written.data_ptr() and logits.shape == written.shape
+
+
+def continues_from_cache(trunk: nn.Module) -> bool:
+    """Whether several tokens can be read, with gradient, behind a prompt whose keys and values are all that it left."""
+    if not isinstance(trunk, PreTrainedModel) or isinstance(trunk, FSDPModule):
+        return False
+    if trunk.training and any(getattr(m, "gradient_checkpointing", False) for m in trunk.modules()):
+        return False  # Transformers keeps no cache then
+    named = inspect.signature(trunk.forward).parameters
+    layers = DynamicCache(config=trunk.config).layers
+    return "past_key_values" in named and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
