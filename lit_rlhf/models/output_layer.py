@@ -18,13 +18,13 @@ _found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def output_layer(model: nn.Module) -> nn.Linear | None:
     """The linear layer whose outputs on `model.base_model`'s last hidden states are the model's logits, if there is.
 
-    There is none in models that scale or cap their logits, whose output layer carries adapters, or that are sharded or
-    compiled as a whole. The model is run once, on two tokens, to see.
+    There is none in models that scale or cap their logits, whose output layer carries adapters or hooks, or that are
+    sharded or compiled as a whole. The model is run once, on two tokens, to see.
     """
     if not isinstance(model, PreTrainedModel) or isinstance(model, FSDPModule):
         return None
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         return None
     if model not in _found:
         _found[model] = _is_all(model, head)
@@ -52,7 +52,7 @@ def _is_all(model: Any, head: nn.Linear) -> bool:
 
 def continues_from_cache(trunk: nn.Module) -> bool:
     """Whether several tokens can be read, with gradient, behind a prompt whose keys and values are all that it left."""
-    if not isinstance(trunk, PreTrainedModel) or isinstance(trunk, FSDPModule):
+    if not isinstance(trunk, PreTrainedModel) or isinstance(trunk, FSDPModule) or trunk.base_model is not trunk:
         return False
     if trunk.training and any(getattr(m, "gradient_checkpointing", False) for m in trunk.modules()):
         return False  # Transformers keeps no cache then
