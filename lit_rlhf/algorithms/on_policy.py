@@ -22,11 +22,11 @@ from lit_rlhf.algorithms.on_policy_args import TemplateArgs
 from lit_rlhf.algorithms.on_policy_checks import (
     check_arguments,
     check_loop,
+    check_scalar,
     checked_advantages,
     checked_loss,
     per_token,
     warn_of_idle,
-    warn_of_scalar,
 )
 from lit_rlhf.algorithms.on_policy_stats import (
     ON_POLICY_STATS,
@@ -319,6 +319,9 @@ class OnPolicyModule(RLHFModule):
         rows = batch if isinstance(batch, Experience) else self.experience_from(batch)
         if "stopped" in self.loop.numbers:
             return torch.stack([p.sum() for p in self.models.parameters() if p.requires_grad]).sum() * 0.0
+        return self.loss_in_parts(rows, self._loss)
+
+    def _loss(self, rows: Experience) -> Tensor:
         scores = self.score(rows)
         loss = self.total_loss(self.compute_loss(scores, rows), {"value_loss": self.critic.coef})
         cells = update_stats(scores, rows)
@@ -390,7 +393,7 @@ class OnPolicyModule(RLHFModule):
         own = loss_stats(metrics, batch.response_mask, self.stats_spec)
         self.count({**cells, **own, **self.critic.stats(scores, batch)})
         if loss.ndim == 0:
-            warn_of_scalar(weights)
+            check_scalar(self, weights)
             terms = {"policy_loss": loss / self.loss_scale}
         else:
             loss = loss if weights is None else weights * loss

@@ -160,12 +160,17 @@ def checked_loss(found: Any, mask: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
     return loss, metrics
 
 
-def warn_of_scalar(weights: Tensor | None) -> None:
+def check_scalar(module: OnPolicyModule, weights: Tensor | None) -> None:
     """Say what a scalar loss cannot have.
 
     Raises:
-        InputError: some rows are to be weighed.
+        InputError: some rows are to be weighed, or the micro-batch is taken in parts.
     """
+    if module.micro_batch_tokens is not None:
+        raise InputError(
+            "policy_loss: a scalar says nothing of the parts that algo.micro_batch_tokens makes of a micro-batch; "
+            "return [N, T], or leave algo.micro_batch_tokens out"
+        )
     if weights is not None and bool((weights != 1).any()):
         raise InputError(
             "policy_loss: a scalar cannot be weighed by the importance of stale rows; return [N, T], or write "

@@ -86,6 +86,9 @@ class PreferenceModule(RLHFModule):
         """
         if not isinstance(batch, PreferenceBatch):
             batch = self.read_pairs(batch)
+        return self.loss_in_parts(batch, self._loss)
+
+    def _loss(self, batch: PreferenceBatch) -> Tensor:
         compared = self.compare(batch)
         self.count(pair_stats(compared, batch))
         return self.total_loss({name: self.mean_over_pairs(loss, batch) for name, loss in compared.losses.items()})

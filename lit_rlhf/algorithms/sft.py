@@ -54,8 +54,11 @@ class SFT(RLHFModule):
 
     def training_step(self, batch: CompletionBatch, batch_idx: int = 0) -> Tensor:
         """One micro-batch's share of the step's mean negative log-likelihood."""
-        logprobs = self.models.score(batch).logprobs
         self.stats.update({"rollout/response_length": (batch.response_mask.sum(1).float(), None)})
+        return self.loss_in_parts(batch, self._loss)
+
+    def _loss(self, batch: CompletionBatch) -> Tensor:
+        logprobs = self.models.score(batch).logprobs
         return self.total_loss({"sft_loss": self.aggregate(-logprobs, batch)})
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

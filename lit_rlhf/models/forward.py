@@ -17,10 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 
 from lit_rlhf.models.output_layer import continues_from_cache
-from lit_rlhf.types import CompletionBatch, Rollout
+from lit_rlhf.types import CompletionBatch, PreferenceBatch, Rollout
 
 Completions = Rollout | CompletionBatch
 _TOKENS_OF_A_PASS = {"cpu": 128}  # the number of tokens that one more forward pass costs as much as; elsewhere 2048
+_TOKENS_AT_ONCE = {"cpu": 8192}  # beyond, more rows gain nothing, and on a CPU fresh memory costs; elsewhere 65536
 
 
 @dataclass(frozen=True)
@@ -58,28 +59,39 @@ def forward_parts(model: nn.Module, rows: Completions, shortcuts: Shortcuts) -> 
             matter. False cells of `response_mask` before a row's last true one are attended to.
         shortcuts: which to take.
     """
-    read = _Rows.of(rows)
-    cost = _TOKENS_OF_A_PASS.get(read.prompts.device.type, 2048)
-    split = cost if shortcuts.sort_by_length and not isinstance(model, FSDPModule) else None  # of shards, all as one
-    if shortcuts.share_prompts and continues_from_cache(model):
-        prompts, of_row = read.distinct_prompts()
-        if int(read.prompt_lengths.sum()) - prompts.prompts.numel() > cost:
-            yield from _behind_prompts(model, read, prompts, of_row, split)
-            return
-    for some in by_length((read.prompt_lengths + read.response_lengths).cpu(), split):
-        yield _in_one(model, read, some.to(read.prompts.device))
+    read, device = _Rows.of(rows), rows.response_ids.device
+    cost, most = _TOKENS_OF_A_PASS.get(device.type, 2048), _TOKENS_AT_ONCE.get(device.type, 65536)
+    whole = isinstance(model, FSDPModule) or not shortcuts.sort_by_length  # the ranks of a sharded model run as one
+    limits = None if whole else (cost, most)
+    shared = read.distinct_prompts() if shortcuts.share_prompts and continues_from_cache(model) else None
+    if shared is None or int(read.prompt_lengths.sum() - shared[0].prompt_lengths.sum()) <= cost:
+        for some in by_length((read.prompt_lengths + read.response_lengths).cpu(), limits):
+            yield _in_one(model, read, some.to(device))
+        return
+    prompts, of_row = shared
+    for some in by_length(prompts.prompt_lengths.cpu(), limits):
+        number = torch.full_like(prompts.prompt_lengths, -1)
+        number[some] = torch.arange(len(some), device=device)
+        yield from _behind_prompts(model, read, prompts.select(some), number[of_row], limits)
 
 
-def by_length(lengths: Tensor, cost: int | None) -> list[Tensor]:
-    """Split rows of these lengths `[N]` into batches of similar ones, where each saves more than `cost` cells.
+def by_length(lengths: Tensor, limits: tuple[int, int] | None) -> list[Tensor]:
+    """Split rows into batches of similar length.
 
-    >>> by_length(torch.tensor([5, 900, 4, 1000]), cost=100)
+    Args:
+        lengths: `[N]`, on the CPU.
+        limits: split where that saves more padding than the first number of tokens, and where a batch would have more
+            than the second; None keeps all rows together.
+
+    >>> by_length(torch.tensor([5, 900, 4, 1000]), (100, 10_000))
     [tensor([3, 1]), tensor([0, 2])]
     """
     order = lengths.argsort(descending=True, stable=True)
-    if cost is None or len(lengths) < 2:
+    if limits is None or len(lengths) < 2:
         return [order]
-    batches, waiting = [], [order]
+    cost, most = limits
+    batches: list[Tensor] = []
+    waiting = [order]
     while waiting:
         rows = waiting.pop()
         ordered = lengths[rows]
@@ -88,7 +100,7 @@ def by_length(lengths: Tensor, cost: int | None) -> list[Tensor]:
         if saved[cut] > cost:
             waiting += [rows[cut:], rows[:cut]]
         else:
-            batches.append(rows)
+            batches += torch.split(rows, max(most // max(int(ordered[0]), 1), 1))
     return batches
 
 
@@ -112,6 +124,12 @@ class _Rows:
         widest = int(lengths.max()) if len(lengths) else 1
         responses = rows.response_ids.masked_fill(~attended, 0)
         return cls(prompts[:, :widest], lengths, responses, attended.sum(1), scored)
+
+    def select(self, index: Tensor) -> _Rows:
+        """The rows `index`."""
+        lengths = self.prompt_lengths[index]
+        prompts = self.prompts[index, : int(lengths.max())]
+        return _Rows(prompts, lengths, self.responses[index], self.response_lengths[index], self.scored[index])
 
     def distinct_prompts(self) -> tuple[_Rows, Tensor]:
         """Every prompt once, without responses, and the number `[N]` of each row's."""
@@ -149,19 +167,29 @@ def _in_one(model: Any, read: _Rows, rows: Tensor) -> Part:
     return Part(rows[row], step, hidden[row, cell], rows, last)
 
 
-def _behind_prompts(trunk: Any, read: _Rows, prompts: _Rows, of_row: Tensor, split: int | None) -> Iterator[Part]:
-    """Every prompt once, then the responses behind the keys and values of theirs."""
+def _behind_prompts(
+    trunk: Any, read: _Rows, prompts: _Rows, prompt_of: Tensor, limits: tuple[int, int] | None
+) -> Iterator[Part]:
+    """Read `prompts`, then the responses to them behind their keys and values.
+
+    Args:
+        trunk: the model.
+        read: all rows.
+        prompts: some of the distinct prompts.
+        prompt_of: `[N]` which of them is a row's, −1 where it is none.
+        limits: see `by_length`.
+    """
     cache = DynamicCache(config=trunk.config)
     hidden = trunk(input_ids=prompts.prompts, past_key_values=cache, use_cache=True).last_hidden_state
     before = hidden[torch.arange(len(hidden), device=hidden.device), prompts.prompt_lengths - 1]
-    for some in by_length(read.response_lengths.cpu(), split):
-        rows = some.to(of_row.device)
-        lengths, width = read.prompt_lengths[rows], int(read.response_lengths[rows].max())
-        states = before[of_row[rows]].unsqueeze(1)  # [n, 1 + width, H]
+    theirs = (prompt_of >= 0).nonzero().squeeze(1)
+    for some in by_length(read.response_lengths[theirs].cpu(), limits):
+        rows = theirs[some.to(theirs.device)]
+        prompt, lengths, width = prompt_of[rows], read.prompt_lengths[rows], int(read.response_lengths[rows].max())
+        states = before[prompt].unsqueeze(1)  # [n, 1 + width, H]
         if width:
-            states = torch.cat(
-                [states, _continue(trunk, cache, of_row[rows], lengths, read.responses[rows, :width])], 1
-            )
+            behind = _continue(trunk, cache, prompt, lengths, read.responses[rows, :width])
+            states = torch.cat([states, behind], dim=1)
         row, step = read.scored_cells(rows)
         last = states[torch.arange(len(rows), device=rows.device), read.response_lengths[rows]]
         yield Part(rows[row], step, states[row, step], rows, last)
@@ -182,3 +210,33 @@ def _continue(trunk: Any, cache: DynamicCache, prompt: Tensor, lengths: Tensor, 
         arguments["position_ids"] = lengths.unsqueeze(1) + torch.arange(ids.shape[1], device=ids.device)
     hidden: Tensor = trunk(input_ids=ids, **arguments).last_hidden_state
     return hidden
+
+
+def token_parts(batch: Completions | PreferenceBatch, budget: int, share_prompts: bool) -> list[Tensor]:
+    """Split a batch into parts of at most `budget` tokens, one row at least; rows of one prompt stay side by side.
+
+    Args:
+        batch: N rows, or pairs, both of whose completions count.
+        budget: tokens of a part, without padding.
+        share_prompts: a prompt counts once in a part.
+
+    Returns:
+        The numbers of each part's rows.
+    """
+    read = _Rows.of(batch.completions() if isinstance(batch, PreferenceBatch) else batch)
+    of_row = read.distinct_prompts()[1][: len(batch)]
+    tokens = read.response_lengths.view(-1, len(batch)).sum(0).tolist()
+    copies = 1 if share_prompts else len(read.prompts) // len(batch)
+    parts: list[list[int]] = []
+    used, before = 0, -1
+    for row in of_row.argsort(stable=True).tolist():
+        prompt = int(read.prompt_lengths[row]) * copies
+        shared = share_prompts and int(of_row[row]) == before
+        if parts and used + tokens[row] + (0 if shared else prompt) <= budget:
+            parts[-1].append(row)
+            used += tokens[row] + (0 if shared else prompt)
+        else:
+            parts.append([row])
+            used = tokens[row] + prompt
+        before = int(of_row[row])
+    return [torch.tensor(part, device=of_row.device) for part in parts]

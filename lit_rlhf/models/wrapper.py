@@ -16,6 +16,7 @@ from lit_rlhf.models.adapters import check_reference, is_adapted, shared_weights
 from lit_rlhf.models.forward import Shortcuts
 from lit_rlhf.models.heads import ScalarHead
 from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer, prepare_tokenizer, vocabulary_size
+from lit_rlhf.models.output_layer import continues_from_cache
 from lit_rlhf.models.scoring import Scores, Values, score, score_values
 from lit_rlhf.types import CompletionBatch, Rollout
 
@@ -65,6 +66,11 @@ class PolicyReferenceValue(nn.Module):
         if self.reference is not None:
             self.reference.eval()
         return self
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt that several rows have is read once for them."""
+        return self.shortcuts.share_prompts and continues_from_cache(self.policy.base_model)
 
     @property
     def value_parameters(self) -> list[nn.Parameter]:

@@ -169,13 +169,14 @@ def _micro_batches(module: RLHFModule, plan: Sequence[Tensor], batch_of: Callabl
         within = position % accumulate
         if not step:
             first = position - within
-            step = [batch_of(rows) for rows in plan[first : first + accumulate]]
-            counts = step_counts([batch.response_mask for batch in step], module.device)
-            module.start_step(step)
+            step = [batch_of(index) for index in plan[first : first + accumulate]]
+            tokens, rows = step_counts([batch.response_mask for batch in step], module.device)
+            step = [replace(batch, step_tokens=tokens, step_rows=rows) for batch in step]
+            module.start_step([part for batch in step for part in module.parts_of(batch)])
         state.position = position + 1
         if state.position == len(plan):
             state.finish_iteration()
-        yield replace(step[within], step_tokens=counts[0], step_rows=counts[1])
+        yield step[within]
         if within == accumulate - 1:
             step = []
 

@@ -378,7 +378,7 @@ def validated(module, held_out, devices=1, **arguments):
 @pytest.mark.parametrize("name", ["dpo", "ipo", "reward"])
 def test_held_out_pairs_are_ranked_and_held_out_prompts_sampled(name, devices):
     module = make(name, sampling=SamplingConfig(max_new_tokens=4))
-    rows = pair_rows(11)
+    rows = pair_rows(12)[1:]  # the first is a tie, which rounding decides
     found = validated(
         module,
         [*rows[:5], {"prompt": "9 9", "chosen": None, "rejected": ""}, *rows[5:]],

@@ -28,10 +28,11 @@ EACH = [Shortcuts(*flags) for flags in product((False, True), repeat=3)][1:]
 PROMPTS = ([5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6])
 
 
-@pytest.fixture(autouse=True)
-def a_forward_pass_costs_nothing(monkeypatch):
-    """So that even a handful of tokens are split and shared."""
+@pytest.fixture(autouse=True, params=[8192, 14])
+def a_forward_pass_costs_nothing(request, monkeypatch):
+    """So that even a handful of tokens are split and shared; with and without a limit of tokens that matters."""
     monkeypatch.setattr(forward, "_TOKENS_OF_A_PASS", {"cpu": 0})
+    monkeypatch.setattr(forward, "_TOKENS_AT_ONCE", {"cpu": request.param})
 
 
 def group_rows(lengths=(3, 7, 1, 0, 2, 6, 4, 4, 5, 2, 9, 1), samples=3):
@@ -134,17 +135,18 @@ def test_shortcuts_read_fewer_tokens():
     of_prompts, of_responses = 3 * (3 + 1 + 6 + 2), 3 + 7 + 1 + 0 + 2 + 6 + 4 + 4 + 5 + 2 + 9 + 1
     assert tokens_read(model, rows, NONE) == 12 * (2 + 9)  # the longest row
     assert tokens_read(model, rows, Shortcuts(share_prompts=False)) == of_prompts + of_responses
-    assert tokens_read(model, rows, Shortcuts()) == 4 * 6 + of_responses
+    assert tokens_read(model, rows, Shortcuts()) == (3 + 1 + 6 + 2) + of_responses
 
 
 def test_rows_are_split_where_it_saves_more_than_a_pass():
-    assert [b.tolist() for b in by_length(torch.tensor([5, 900, 4, 1000]), 100)] == [[3, 1], [0, 2]]
-    assert [b.tolist() for b in by_length(torch.tensor([5, 900, 4, 1000]), 99)] == [[3], [1], [0, 2]]
-    assert [b.tolist() for b in by_length(torch.tensor([5, 900, 4, 1000]), 2000)] == [[3, 1, 0, 2]]
+    assert [b.tolist() for b in by_length(torch.tensor([5, 900, 4, 1000]), (100, 10_000))] == [[3, 1], [0, 2]]
+    assert [b.tolist() for b in by_length(torch.tensor([5, 900, 4, 1000]), (99, 10_000))] == [[3], [1], [0, 2]]
+    assert [b.tolist() for b in by_length(torch.tensor([5, 900, 4, 1000]), (9000, 10_000))] == [[3, 1, 0, 2]]
     assert [b.tolist() for b in by_length(torch.tensor([5, 900, 4, 1000]), None)] == [[3, 1, 0, 2]]
-    assert [b.tolist() for b in by_length(torch.tensor([7]), 0)] == [[0]]
+    assert [b.tolist() for b in by_length(torch.tensor([7]), (0, 1))] == [[0]]
+    assert [b.tolist() for b in by_length(torch.tensor([5, 900, 4, 1000]), (9000, 2000))] == [[3, 1], [0, 2]]
     ragged = torch.randint(1, 300, (500,), generator=torch.Generator().manual_seed(0))
-    batches = by_length(ragged, 50)
+    batches = by_length(ragged, (50, 10_000))
     assert torch.cat(batches).sort().values.tolist() == list(range(500))
     padded = sum(len(b) * int(ragged[b].max()) for b in batches)
     assert padded + 50 * len(batches) < 1.1 * int(ragged.sum())
