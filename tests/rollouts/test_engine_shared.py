@@ -213,10 +213,14 @@ def test_max_rows_changes_nothing_but_the_rows_at_a_time(name, group_size, share
         assert max(sizes) <= max_rows
 
 
-def test_freed_rows_are_refilled():
-    """Fewer forward passes than chunk after chunk, and the rows at hand are busy until nothing waits."""
+def test_freed_rows_are_refilled(monkeypatch):
+    """Fewer passes than chunk after chunk; the rows at hand are busy, and prompts are held no longer than rows."""
     model, prompts = ending(build("Llama", SIZES), 2.5), PROMPTS * 8
-    sampling = SamplingConfig(40, max_rows=8)
+    sampling, held = SamplingConfig(40, max_rows=8), []
+    original = shared_module.SharedPrompts.admit
+    monkeypatch.setattr(
+        shared_module.SharedPrompts, "admit", lambda self, *args: held.append((original(self, *args), self.prompts)[1])
+    )
 
     def decoded(**how):
         sizes = []
@@ -230,6 +234,7 @@ def test_freed_rows_are_refilled():
     refilled, chunks = decoded(), decoded(share_prompts=False)
     assert len(refilled) < 0.7 * len(chunks)
     assert min(refilled[: len(refilled) // 2]) == 8
+    assert max(held) <= 16
 
 
 def test_max_rows_keeps_seldom_checks(monkeypatch):
