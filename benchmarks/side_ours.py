@@ -27,7 +27,7 @@ def build_module(work: Workload, **arguments: Any) -> Any:
     common |= {"sampling": SamplingConfig(work.new_tokens), **sizes}
     if work.algorithm == "ppo":
         return PPO(minibatches=2, **common, **arguments)
-    return GRPO(**common, **arguments)
+    return GRPO(**{**common, **arguments})
 
 
 def build_trainer(*callbacks: Callback, **arguments: Any) -> Trainer:

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from lit_rlhf.types import SamplingConfig
 from tests.algorithms.ranks import assert_same_run, reported, run, start_of
 from tests.algorithms.resuming import SaveAt, assert_same, everything, first_is_even, fit_of, loop_in
 from tests.helpers import EOS, PAD, build, plain_logprobs, prompt_rows, trainer
+from tests.runs import QUIET, new_process
 
 ROLLOUTS, ACCUMULATE = 5, 2
 SIZES = {"group_size": 2, "prompts_per_rollout": 4, "minibatches": 1, "update_epochs": 2}
@@ -122,6 +124,27 @@ def test_what_goes_on_while_a_rollout_is_sampled_does_not_change_it():
 
     ended = [everything(*fit_of(GRPO, ahead(1), 3, callbacks=c)) for c in ([], [Interferes()])]
     assert_same(*ended)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_curriculum_counts_for_the_rows_that_were_drawn(k):
+    """Whose draw is k rollouts back, when other rows stood at these positions of the stream."""
+    rows, counted = prompt_rows(30), []
+
+    class Counted(GRPO):
+        def sample_recorded(self, prompts):
+            sampled = super().sample_recorded(prompts)
+            for i, row in enumerate(prompts.rows):
+                ids = sampled.prompt_ids[self.group_size * i][sampled.prompt_mask[self.group_size * i]]
+                assert " ".join(map(str, ids.tolist())) == rows[row]["prompt"] == prompts.columns["prompt"][i]
+            counted.append((self.loop.iteration, prompts.rows))
+            return sampled
+
+    curriculum = {"curriculum": "success_rate", "curriculum_decay": 1.0, "reward_funcs": [is_even]}
+    module, _ = fit_of(Counted, ahead(k, **curriculum), ROLLOUTS, rows=rows)
+    assert [iteration for iteration, _ in counted] == list(range(ROLLOUTS))
+    drawn = torch.tensor([row for _, rows in counted for row in rows])
+    assert module.loop.curriculum.rows.tries.tolist() == (2 * torch.bincount(drawn, minlength=30)).tolist()
 
 
 # resumed
@@ -264,6 +287,30 @@ def test_an_error_of_the_thread_ends_the_run_at_the_next_micro_batch():
         fit("GRPO", 1, callbacks=[waits], change={"engine": Fails([EOS], PAD)})
     assert waits.batches == 5
     assert not running()
+
+
+class Broken(TransformersEngine):
+    """An engine that samples in the main thread only."""
+
+    def generate(self, prompt_ids, sampling, seed):
+        if threading.current_thread() is not threading.main_thread():
+            raise InputError("engine: this one samples in the main thread only")
+        return super().generate(prompt_ids, sampling, seed)
+
+
+@pytest.mark.slow
+def test_on_the_command_line_it_is_one_sentence(tmp_path):
+    engine = "algo.engine={_target_: tests.algorithms.test_async.Broken, eos_token_ids: [1], pad_token_id: 0}"
+    arguments = [
+        "debug=tiny",
+        "algo=grpo",
+        "rollout.max_staleness=1",
+        "validate_first=false",
+        "trainer.max_epochs=2",
+        engine,
+    ]
+    ended = new_process(*arguments, *QUIET, cwd=tmp_path, PYTHONPATH=str(Path(__file__).parents[2]))
+    assert ended.sentence() == "engine: this one samples in the main thread only"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
