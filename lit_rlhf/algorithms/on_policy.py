@@ -39,6 +39,7 @@ from lit_rlhf.algorithms.on_policy_stats import (
     update_stats,
     warn_of_no_rewards,
 )
+from lit_rlhf.algorithms.proximal import is_found_in_update, to_score_again, with_found
 from lit_rlhf.algorithms.reward_scaling import RewardArgs, RewardScaling
 from lit_rlhf.algorithms.target_kl import TargetKL
 from lit_rlhf.errors import check_choice
@@ -231,15 +232,12 @@ class OnPolicyModule(RLHFModule):
     def score_rollout(self, rollout: ScoredRollout) -> ScoredRollout:
         """Add the log-probs of policy and reference and the values that the update starts from.
 
-        The sampler's own log-probs are those of the policy where the weights are the same, the distribution is
-        not cut off by top-p or top-k, and both compute in float32. Rows of which that is not so are scored again; the
-        age of rows that older weights sampled is then for `importance_correction` to weigh.
+        Where the sampler's own log-probs are not the policy's, see `algorithms.proximal`.
         """
-        corrected = self.importance.level != "none"
-        again = (rollout.version < self.loop.iteration) & corrected
-        if self.sampling.truncates_distribution or not self._full_precision:
-            again = torch.ones_like(again)
-        return start_of_update(self.models, rollout, self.sampling.temperature, again, self.critic.bootstraps)
+        again, later = to_score_again(self, rollout.version), is_found_in_update(self)
+        bootstraps, temperature = self.critic.bootstraps, self.sampling.temperature
+        rollout = start_of_update(self.models, rollout, temperature, again & (not later), bootstraps)
+        return replace(rollout, unscored=again) if later and bool(again.any()) else rollout
 
     def experience(self, rollout: ScoredRollout) -> Experience:
         """Shape the rewards, estimate the advantages, count both; then adapt the KL coefficient.
@@ -323,6 +321,7 @@ class OnPolicyModule(RLHFModule):
 
     def _loss(self, rows: Experience) -> Tensor:
         scores = self.score(rows)
+        rows = with_found(rows, scores)
         loss = self.total_loss(self.compute_loss(scores, rows), {"value_loss": self.critic.coef})
         cells = update_stats(scores, rows)
         self.count(cells)

@@ -205,6 +205,7 @@ class ScoredRollout(Rollout):
     reward_parts: Tensor  # [N, F] each reward function on its own; NaN: not applicable
     rewards: Tensor  # [N] or [N, T], after shaping
     old_logprobs: Tensor  # [N, T] under the policy at the start of the update phase
+    unscored: Tensor | None = None  # [N] bool, rows whose `old_logprobs` are left to the update's own forward pass
     ref_logprobs: Tensor | None = None  # [N, T] under the reference
     values: Tensor | None = None  # [N, T] before emitting token t
     bootstrap: Tensor | None = None  # [N] value after the last token of a row that was cut off, 0 of a row that ended

@@ -366,3 +366,57 @@ def test_nothing_is_sampled_ahead_of_given_completions():
 def test_a_negative_staleness_is_refused():
     with pytest.raises(InputError, match=r"max_staleness must be 0 \(synchronous\) or more, got -1"):
         SamplingConfig(max_staleness=-1)
+
+
+# old log-probs that the update finds by itself
+
+ONE_STEP = {"update_epochs": 1, "minibatches": 1, "group_size": 2, "lr": 1e-2}
+
+
+def estimator_of_its_own(rewards, mask, old_logprobs):
+    assert (old_logprobs[mask] < 0).all()
+    return rewards - rewards.mean(), None
+
+
+class Shaped(GRPO):
+    def shape_rewards(self, rollout):
+        return super().shape_rewards(rollout) + 0.1 * rollout.old_logprobs.where(rollout.response_mask, 0.0).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments", "found"),
+    [
+        (GRPO, {}, True),
+        (GRPO, {"kl_coef": 0.1, "kl_in": "loss"}, True),
+        (DAPO, {"max_rounds": 3}, True),
+        (ImportanceSampling, {"buffer_size": 2}, True),
+        (GRPO, {"sampling": SamplingConfig(max_new_tokens=4, top_p=0.9)}, True),
+        (GRPO, {"importance_correction": "none"}, False),
+        (GRPO, {"kl_coef": 0.1, "kl_in": "reward"}, False),
+        (GRPO, {"minibatches": 2}, False),
+        (GRPO, {"update_epochs": 2}, False),
+        (GRPO, {"advantage_estimator": estimator_of_its_own}, False),
+        (Shaped, {}, False),
+    ],
+)
+def test_one_step_finds_the_old_log_probs_that_scoring_them_again_would(algorithm, arguments, found, monkeypatch):
+    """The same run with and without the forward pass that is saved."""
+
+    def ended():
+        watched = Watched()
+        settings = ahead(1, **{**ONE_STEP, **arguments})
+        module, _ = fit_of(algorithm, settings, 3, ACCUMULATE, callbacks=[watched], rows=prompt_rows(30))
+        marked = [rollout.unscored is not None and bool(rollout.unscored.any()) for rollout in watched.rollouts]
+        return module.state_dict(), watched.logged, marked
+
+    weights, logged, marked = ended()
+    monkeypatch.setattr("lit_rlhf.algorithms.on_policy.is_found_in_update", lambda module: False)
+    expected, expected_logged, never = ended()
+    assert any(marked) == found
+    assert not any(never)
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, atol=2e-5, rtol=0)
+    for one, other in zip(logged, expected_logged, strict=True):
+        assert {k: v for k, v in one.items() if k[:4] != "perf"} == pytest.approx(
+            {k: v for k, v in other.items() if k[:4] != "perf"}, abs=2e-4
+        )
