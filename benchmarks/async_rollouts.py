@@ -16,6 +16,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it; before torch is imported
 
 import argparse
+import sys
 import tempfile
 import time
 import warnings
@@ -70,6 +71,7 @@ def speed(arguments: argparse.Namespace) -> None:
     for turn in range(arguments.turns):
         for k in arms if turn % 2 == 0 else arms[::-1]:
             found[k].append(seconds_per_step(arguments.only, k, arguments.steps))
+            print(f"max_staleness={k}: {found[k][-1][0]:.2f} s per step", file=sys.stderr, flush=True)
     print(f"{arguments.only}, {arguments.threads} threads, torch {torch.__version__}, {arguments.turns} turns\n")
     print("| max_staleness | seconds per step | of them waiting | synchronous / this |\n|---|---|---|---|")
     for k, times in found.items():

@@ -159,10 +159,12 @@ class _Thread(threading.Thread):
     def __init__(self, engine: RolloutEngine) -> None:
         super().__init__(name="lit_rlhf.rollouts", daemon=True)
         self.engine, self.cancelled = engine, threading.Event()
+        self.threads = max(1, torch.get_num_threads() // 2)  # of torch: sampling gains less by them than training
         self.inbox: SimpleQueue[Task | None] = SimpleQueue()
         self.outbox: SimpleQueue[tuple[Task, Rollout | BaseException]] = SimpleQueue()
 
     def run(self) -> None:
+        torch.set_num_threads(self.threads)  # of this thread alone
         while (task := self.inbox.get()) is not None:
             try:
                 found: Rollout | BaseException = self._sample(task)
