@@ -21,7 +21,7 @@ from lit_rlhf.types import CompletionBatch, PreferenceBatch, Rollout
 
 Completions = Rollout | CompletionBatch
 _TOKENS_OF_A_PASS = {"cpu": 128}  # the number of tokens that one more forward pass costs as much as; elsewhere 2048
-_TOKENS_AT_ONCE = {"cpu": 8192}  # beyond, more rows gain nothing, and on a CPU fresh memory costs; elsewhere 65536
+_TOKENS_AT_ONCE = {"cpu": 4096}  # beyond, more rows gain nothing, and on a CPU fresh memory costs; elsewhere 65536
 
 
 @dataclass(frozen=True)
