@@ -37,14 +37,14 @@ def compare(work: Workload) -> tuple[float, float]:
     return abs(loss - expected) / abs(expected), max(errors)
 
 
-def sampled_rows(work: Workload) -> dict[str, Tensor]:
-    """Random completions of `GROUPS` prompts, with old log-probs near the model's own, on both sides of the clip range.
+def sampled_rows(work: Workload, groups: int = GROUPS) -> dict[str, Tensor]:
+    """Random completions of some prompts, with old log-probs near the model's own, on both sides of the clip range.
 
     `prompts` `[N, P]`, `responses` and `mask` `[N, T]`, `old` `[N, T]`, `advantages` `[N]`.
     """
     generator, lengths = torch.Generator().manual_seed(0), random.Random(0)
-    rows = GROUPS * work.group_size
-    prompts = torch.randint(EOS + 1, work.vocabulary, (GROUPS, work.prompt_length), generator=generator)
+    rows = groups * work.group_size
+    prompts = torch.randint(EOS + 1, work.vocabulary, (groups, work.prompt_length), generator=generator)
     prompts = prompts.repeat_interleave(work.group_size, 0)
     responses = torch.randint(EOS + 1, work.vocabulary, (rows, work.new_tokens), generator=generator)
     drawn = [min(work.new_tokens, 1 + int(lengths.expovariate(1 / (work.mean_length or 1e9)))) for _ in range(rows)]
@@ -67,7 +67,7 @@ def experience(prompts: Tensor, responses: Tensor, mask: Tensor, old: Tensor, ad
         response_mask=mask,
         behavior_logprobs=old,
         truncated=torch.zeros(rows, dtype=torch.bool),
-        group_ids=torch.arange(GROUPS).repeat_interleave(rows // GROUPS),
+        group_ids=torch.unique(prompts, dim=0, return_inverse=True)[1],
         version=torch.zeros(rows, dtype=torch.long),
         raw_rewards=advantages,
         reward_parts=advantages.unsqueeze(1),
