@@ -19,7 +19,7 @@ from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import Cells, MaskedStats
 from lit_rlhf.models.adapters import is_adapted, lora_settings, merged
-from lit_rlhf.models.forward import token_parts
+from lit_rlhf.models.forward import Shortcuts, token_parts
 from lit_rlhf.models.loading import check_generates, end_tokens, max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.ranks import gather_objects
@@ -50,6 +50,7 @@ class ModuleArgs(TypedDict, total=False):
     weight_decay: float
     betas: tuple[float, float]
     micro_batch_tokens: int | None
+    torch_compile: bool
     validation_samples: int
     seed: int
 
@@ -73,6 +74,8 @@ class RLHFModule(LightningModule):
         betas: AdamW's betas.
         micro_batch_tokens: most tokens of a forward and backward pass: a micro-batch of more is taken in several. The
             gradient is the same; what a step has to remember is bounded. Prompts that rows share count once.
+        torch_compile: run the forward and backward passes of training through `torch.compile`. It pays in long runs, and
+            where rows have no prompts to share.
         validation_samples: completions sampled per held-out prompt in validation.
         seed: decides the order of the data and every sampled token.
     """
@@ -100,6 +103,7 @@ class RLHFModule(LightningModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         micro_batch_tokens: int | None = None,
+        torch_compile: bool = False,
         validation_samples: int = 1,
         seed: int = 0,
         reference: bool = False,
@@ -117,6 +121,7 @@ class RLHFModule(LightningModule):
         check_choice("algo.lr_schedule", lr_schedule, DECAY)
         self.tokenizer = tokenizer_for(policy, tokenizer)
         self.models = PolicyReferenceValue(policy, reference=reference, value=value, value_std=value_std)
+        self.models.shortcuts = Shortcuts(torch_compile=torch_compile)
         if self.generates:
             check_generates(self.models.policy)
         self.lr = lr or default_lr(self.models.policy, self.usual_lr)

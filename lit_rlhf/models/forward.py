@@ -6,6 +6,7 @@ have is read once, and their responses behind its keys and values. Row by row, w
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,17 +27,20 @@ _TOKENS_AT_ONCE = {"cpu": 4096}  # beyond, more rows gain nothing, and on a CPU 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What makes scoring faster or smaller. None of it changes a result.
+    """What makes scoring faster or smaller. None of it changes a result but for rounding.
 
     Args:
         share_prompts: read a prompt once for all the rows that have it.
         sort_by_length: run rows of different lengths apart, where that saves more padding than a forward pass costs.
         chunk_vocabulary: never hold the logits of all tokens, see `functional.linear_logprobs`.
+        torch_compile: run the model through `torch.compile`, with dynamic shapes; the first passes take long. Prompts are
+            then not shared.
     """
 
     share_prompts: bool = True
     sort_by_length: bool = True
     chunk_vocabulary: bool = True
+    torch_compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,11 @@ def forward_parts(model: nn.Module, rows: Completions, shortcuts: Shortcuts) -> 
     cost, most = _TOKENS_OF_A_PASS.get(device.type, 2048), _TOKENS_AT_ONCE.get(device.type, 65536)
     whole = isinstance(model, FSDPModule) or not shortcuts.sort_by_length  # the ranks of a sharded model run as one
     limits = None if whole else (cost, most)
-    shared = read.distinct_prompts() if shortcuts.share_prompts and continues_from_cache(model) else None
+    share = shortcuts.share_prompts and not shortcuts.torch_compile and continues_from_cache(model)
+    shared = read.distinct_prompts() if share else None
     if shared is None or int(read.prompt_lengths.sum() - shared[0].prompt_lengths.sum()) <= cost:
         for some in by_length((read.prompt_lengths + read.response_lengths).cpu(), limits):
-            yield _in_one(model, read, some.to(device))
+            yield _in_one(model, read, some.to(device), shortcuts.torch_compile)
         return
     prompts, of_row = shared
     for some in by_length(prompts.prompt_lengths.cpu(), limits):
@@ -144,7 +149,7 @@ class _Rows:
         return row, step
 
 
-def _in_one(model: Any, read: _Rows, rows: Tensor) -> Part:
+def _in_one(model: Any, read: _Rows, rows: Tensor, compiled: bool) -> Part:
     """Prompt and response of each row in one; nothing is masked, since what follows a row cannot be attended to."""
     prompt, response = read.prompt_lengths[rows], read.response_lengths[rows]
     column = torch.arange(int((prompt + response).max()), device=rows.device).unsqueeze(0)
@@ -154,17 +159,23 @@ def _in_one(model: Any, read: _Rows, rows: Tensor) -> Part:
     ids = torch.where(behind < 0, of_prompt, of_response.masked_fill(behind >= response.unsqueeze(1), 0))
     row, step = read.scored_cells(rows)
     cell = prompt[row] + step - 1
-    named = inspect.signature(model.forward).parameters
-    if "logits_to_keep" in named:
+    run = functools.partial(_compiled(type(model)), model) if compiled else model
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
         wanted = torch.zeros_like(ids, dtype=torch.bool).index_put((row, cell), torch.ones_like(row, dtype=torch.bool))
-        states = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
+        states = run(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
         return Part(rows[row], step, states, rows, None)
-    found = model(input_ids=ids, use_cache=False)
+    found = run(input_ids=ids, use_cache=False)
     if not hasattr(found, "last_hidden_state"):
         return Part(rows[row], step, found.logits[row, cell], rows, None)
     hidden = found.last_hidden_state
     last = hidden[torch.arange(len(rows), device=rows.device), prompt + response - 1]
     return Part(rows[row], step, hidden[row, cell], rows, last)
+
+
+@functools.cache
+def _compiled(kind: Any) -> Any:
+    """The forward pass of this class, compiled; sampling goes on to use the one that is not."""
+    return torch.compile(kind.forward, dynamic=True)
 
 
 def _behind_prompts(

@@ -70,7 +70,8 @@ class PolicyReferenceValue(nn.Module):
     @property
     def shares_prompts(self) -> bool:
         """Whether a prompt that several rows have is read once for them."""
-        return self.shortcuts.share_prompts and continues_from_cache(self.policy.base_model)
+        share = self.shortcuts.share_prompts and not self.shortcuts.torch_compile
+        return share and continues_from_cache(self.policy.base_model)
 
     @property
     def value_parameters(self) -> list[nn.Parameter]:

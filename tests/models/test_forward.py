@@ -191,6 +191,20 @@ def test_with_activation_checkpointing_prompts_are_not_shared():
     assert_same_gradient(found, expected)
 
 
+@pytest.mark.slow
+def test_compiled_passes_give_the_same(monkeypatch):
+    monkeypatch.setattr(forward, "_TOKENS_AT_ONCE", {"cpu": 8192})
+    model = tiny_model()
+    (plain, plain_gradient), (found, gradient) = (
+        everything(model, NONE),
+        everything(model, replace(NONE, torch_compile=True)),
+    )
+    assert forward._compiled.cache_info().currsize
+    torch.testing.assert_close(found.logprobs, plain.logprobs, atol=1e-5, rtol=0)
+    for name, expected in plain_gradient.items():
+        assert (gradient[name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
 def test_a_head_of_a_policys_own_kind_keeps_its_logits():
     """An output layer that is scaled after the fact is no plain one, and its logits are those that are scored."""
     model = tiny_model().double()

@@ -1,17 +1,27 @@
 """Loading models and tokenizers, and the sentence each that cannot be used gets."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from huggingface_hub import constants
 from torch import nn
 from transformers import Gemma3Config
 
 from lit_rlhf.data.tasks import character_tokenizer
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.loading import ASSETS, load_causal_lm, load_reward_model, load_tokenizer, max_positions
+from lit_rlhf.models.loading import (
+    ASSETS,
+    checkpoint_activations,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    max_positions,
+)
+from lit_rlhf.models.scoring import score
 from lit_rlhf.models.wrapper import tokenizer_for
-from tests.helpers import tiny_model
+from tests.helpers import random_experience, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -123,3 +133,28 @@ def test_a_hub_name_without_a_network_is_asked_for_once(load, monkeypatch):
 def test_a_folder_is_no_matter_of_the_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("the Hub was asked"))
     load_tokenizer(ASSETS / "tiny_base")
+
+
+def test_activations_can_be_computed_again_instead_of_kept():
+    rows, found = random_experience(dtype=torch.float32), []
+    rows = replace(rows, prompt_ids=rows.prompt_ids % 16, response_ids=rows.response_ids % 16)
+    for again in (False, True):
+        model, kept = load_causal_lm(gradient_checkpointing=again), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            loss = score(model.train(), rows).logprobs.sum()
+        loss.backward()
+        found.append((sum(kept), loss.item(), model.get_input_embeddings().weight.grad))
+    (all_kept, loss, gradient), (few_kept, loss2, gradient2) = found
+    assert few_kept < all_kept / 2
+    assert loss2 == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(gradient2, gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_checkpointing_of_activations():
+    model = tiny_model()
+    type(model).supports_gradient_checkpointing, kept = False, type(model).supports_gradient_checkpointing
+    try:
+        with pytest.raises(InputError, match=r"model.gradient_checkpointing: LlamaForCausalLM has none"):
+            checkpoint_activations(model)
+    finally:
+        type(model).supports_gradient_checkpointing = kept
