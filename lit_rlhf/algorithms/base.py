@@ -74,8 +74,8 @@ class RLHFModule(LightningModule):
         betas: AdamW's betas.
         micro_batch_tokens: most tokens of a forward and backward pass: a micro-batch of more is taken in several. The
             gradient is the same; what a step has to remember is bounded. Prompts that rows share count once.
-        torch_compile: run the forward and backward passes of training through `torch.compile`. It pays in long runs, and
-            where rows have no prompts to share.
+        torch_compile: run the forward and backward passes of training through `torch.compile`. It pays in long runs
+            whose rows have no prompts to share.
         validation_samples: completions sampled per held-out prompt in validation.
         seed: decides the order of the data and every sampled token.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ class Shortcuts:
         share_prompts: read a prompt once for all the rows that have it.
         sort_by_length: run rows of different lengths apart, where that saves more padding than a forward pass costs.
         chunk_vocabulary: never hold the logits of all tokens, see `functional.linear_logprobs`.
-        torch_compile: run the model through `torch.compile`, with dynamic shapes; the first passes take long. Prompts are
-            then not shared.
+        torch_compile: run the model through `torch.compile`, with dynamic shapes; the first passes take long. No prompt
+            is then shared.
     """
 
     share_prompts: bool = True
@@ -159,7 +159,7 @@ def _in_one(model: Any, read: _Rows, rows: Tensor, compiled: bool) -> Part:
     ids = torch.where(behind < 0, of_prompt, of_response.masked_fill(behind >= response.unsqueeze(1), 0))
     row, step = read.scored_cells(rows)
     cell = prompt[row] + step - 1
-    run = functools.partial(_compiled(type(model)), model) if compiled else model
+    run = functools.partial(_compiled(type(model).forward), model) if compiled else model
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         wanted = torch.zeros_like(ids, dtype=torch.bool).index_put((row, cell), torch.ones_like(row, dtype=torch.bool))
         states = run(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
@@ -173,9 +173,9 @@ def _in_one(model: Any, read: _Rows, rows: Tensor, compiled: bool) -> Part:
 
 
 @functools.cache
-def _compiled(kind: Any) -> Any:
-    """The forward pass of this class, compiled; sampling goes on to use the one that is not."""
-    return torch.compile(kind.forward, dynamic=True)
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """This forward pass compiled; sampling goes on to use the one that is not."""
+    return torch.compile(forward, dynamic=True)
 
 
 def _behind_prompts(
