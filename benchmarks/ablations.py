@@ -19,9 +19,8 @@ from typing import Any
 
 import side_ours
 import torch
-from same_loss import experience, sampled_rows
 from workers import forget_peak, memory
-from workloads import WORKLOADS, Workload, build_model
+from workloads import WORKLOADS, Workload, build_model, sampled_rows
 
 from lit_rlhf.models.forward import Shortcuts
 from lit_rlhf.rollouts.engines import TransformersEngine, transformers
@@ -51,7 +50,7 @@ def without(**shortcuts: bool) -> Callable[[Any], None]:
 
 def at_once(module: Any) -> None:
     """Take the micro-batch in one."""
-    module.micro_batch_tokens = None
+    module.parts.tokens = None
 
 
 def keep_ended_rows(engine: Any) -> None:
@@ -84,13 +83,13 @@ def updates(work: Workload, switch: Callable[[Any], None] | None, rounds: int) -
     module = side_ours.build_module(work, reward_funcs=[len], micro_batch_tokens=2048)
     if switch is not None:
         switch(module)
-    rows = experience(**sampled_rows(work, work.rows // work.group_size))
+    rows = side_ours.experience(**sampled_rows(work, work.rows // work.group_size))
     seconds, before = [], memory("VmRSS")
     forget_peak()
     for _ in range(rounds + 1):
         module.zero_grad()
         started = time.perf_counter()
-        module.begin_step(module.parts_of(rows))
+        module.begin_step(module.parts.of(module, rows))
         module.training_step(rows).backward()
         seconds.append(time.perf_counter() - started)
     peak = memory("VmHWM") - before

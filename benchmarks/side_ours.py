@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 from workers import Gate
 from workloads import LEARNING_RATE, Workload, build_model, build_rows, build_tokenizer, reward_of
 
 from lit_rlhf import DPO, GRPO, PPO, SFT
 from lit_rlhf.data import RowsDataModule
-from lit_rlhf.types import PreferenceBatch, SamplingConfig
+from lit_rlhf.types import Experience, PreferenceBatch, SamplingConfig
 
 
 def build_module(work: Workload, **arguments: Any) -> Any:
@@ -69,6 +70,26 @@ def train(work: Workload, connection: Connection) -> None:
 
     module = build_module(work, reward_funcs=[reward]) if work.samples else build_module(work)
     build_trainer(Pace(gate)).fit(module, datamodule=RowsDataModule(build_rows(work)))
+
+
+def experience(prompts: Tensor, responses: Tensor, mask: Tensor, old: Tensor, advantages: Tensor) -> Experience:
+    """The rows as this library trains on them."""
+    rows = len(prompts)
+    return Experience(
+        prompt_ids=prompts,
+        prompt_mask=torch.ones_like(prompts, dtype=torch.bool),
+        response_ids=responses,
+        response_mask=mask,
+        behavior_logprobs=old,
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        group_ids=torch.unique(prompts, dim=0, return_inverse=True)[1],
+        version=torch.zeros(rows, dtype=torch.long),
+        raw_rewards=advantages,
+        reward_parts=advantages.unsqueeze(1),
+        rewards=advantages,
+        old_logprobs=old,
+        advantages=advantages.unsqueeze(1).expand_as(old),
+    )
 
 
 def gradient(module: Any, batch: Any) -> tuple[float, dict[str, torch.Tensor]]:

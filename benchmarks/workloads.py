@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 
 PAD, BOS, EOS = 0, 1, 2
 LEARNING_RATE = 1e-6  # so low that the lengths and the losses of a run stay those of its beginning
@@ -127,6 +127,26 @@ def build_rows(work: Workload) -> list[dict[str, str]]:
         elif work.algorithm == "sft":
             row["completion"] = first
     return rows
+
+
+def sampled_rows(work: Workload, groups: int) -> dict[str, Tensor]:
+    """Random completions of some prompts, with old log-probs near the model's own, on both sides of the clip range.
+
+    `prompts` `[N, P]`, `responses` and `mask` `[N, T]`, `old` `[N, T]`, `advantages` `[N]`.
+    """
+    generator, lengths = torch.Generator().manual_seed(0), random.Random(0)
+    rows = groups * work.group_size
+    prompts = torch.randint(EOS + 1, work.vocabulary, (groups, work.prompt_length), generator=generator)
+    prompts = prompts.repeat_interleave(work.group_size, 0)
+    responses = torch.randint(EOS + 1, work.vocabulary, (rows, work.new_tokens), generator=generator)
+    drawn = [min(work.new_tokens, 1 + int(lengths.expovariate(1 / (work.mean_length or 1e9)))) for _ in range(rows)]
+    mask = torch.arange(work.new_tokens) < torch.tensor(drawn).unsqueeze(1)
+    with torch.no_grad():
+        logits = build_model(work)(torch.cat([prompts, responses], 1), logits_to_keep=work.new_tokens + 1).logits
+        logps = logits[:, :-1].log_softmax(-1).gather(2, responses.unsqueeze(2)).squeeze(2)
+    old = logps + 0.2 * torch.randn(logps.shape, generator=generator)
+    advantages = torch.randn(rows, generator=generator)
+    return {"prompts": prompts, "responses": responses, "mask": mask, "old": old, "advantages": advantages}
 
 
 def words(generator: random.Random, work: Workload, count: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict, cast
 
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lit_rlhf.algorithms.parts import Parts
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, default_lr, lr_factor
 from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
 from lit_rlhf.data.encoding import Encoder
@@ -19,7 +19,7 @@ from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import Cells, MaskedStats
 from lit_rlhf.models.adapters import is_adapted, lora_settings, merged
-from lit_rlhf.models.forward import Shortcuts, token_parts
+from lit_rlhf.models.forward import Shortcuts
 from lit_rlhf.models.loading import check_generates, end_tokens, max_positions
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.ranks import gather_objects
@@ -115,7 +115,6 @@ class RLHFModule(LightningModule):
         check_number("algo.warmup_steps", warmup_steps, at_least=0)
         check_number("algo.weight_decay", weight_decay, at_least=0)
         check_number("algo.validation_samples", validation_samples, at_least=1)
-        check_number("algo.micro_batch_tokens", 1 if micro_batch_tokens is None else micro_batch_tokens, at_least=1)
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise InputError(f"algo.betas must be two numbers from 0 to below 1, got {list(betas)}")
         check_choice("algo.lr_schedule", lr_schedule, DECAY)
@@ -130,7 +129,7 @@ class RLHFModule(LightningModule):
         self.value_lr: float | None = None  # of the value function's own parameters; the policy's where None
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.weight_decay, self.betas = weight_decay, (betas[0], betas[1])
-        self.micro_batch_tokens = micro_batch_tokens
+        self.parts = Parts(micro_batch_tokens)
         self.validation_samples, self.seed = validation_samples, seed
         self.sampling = SamplingConfig(**sampling) if isinstance(sampling, Mapping) else sampling or SamplingConfig()
         if self.sampling.max_staleness and self.completion_columns:
@@ -145,8 +144,6 @@ class RLHFModule(LightningModule):
         self.validated_at = -1  # global step
         self.stats = MaskedStats(self.stats_spec)
         self._before_step: dict[str, Any] | None = None  # the metrics at the beginning of the optimiser step
-        self.parts, self._parts_left = 1, 0  # of the micro-batch at hand, see `loss_in_parts`
-        self._terms: dict[str, Tensor | float] = {}  # of its loss, so far
         self.validation_stats = MaskedStats(VALIDATION_STATS, samples=self.validation_samples)
 
     # -- sampling ------------------------------------------------------------------------------------------------
@@ -244,49 +241,21 @@ class RLHFModule(LightningModule):
         """
         loss = torch.stack(list(terms.values())).sum()
         logged = {name: term / ((weights or {}).get(name) or 1) for name, term in terms.items()}
-        for name, term in {"loss": loss, **logged}.items():
-            self._terms[name] = self._terms.get(name, 0.0) + term.detach() * self.loss_scale
-        if not self._parts_left:  # counted once for the micro-batch
-            self.count({f"loss/{name}": (term, None) for name, term in self._terms.items()})
-            self._terms = {}
+        counted = {name: term.detach() * self.loss_scale for name, term in {"loss": loss, **logged}.items()}
+        self.count({f"loss/{name}": (term, None) for name, term in self.parts.sum_terms(counted).items()})
         return loss * self.loss_scale
 
-    # -- parts of a micro-batch ------------------------------------------------------------------------------------
-
-    def parts_of(self, batch: Any) -> list[Any]:
-        """The micro-batch in parts of `micro_batch_tokens`, each with the optimiser step's counts; or as it is."""
-        if self.micro_batch_tokens is None or len(batch) < 2:
-            return [batch]
-        if batch.step_tokens is None or batch.step_rows is None:
-            tokens, rows = (n * self.accumulate for n in step_counts([batch.response_mask], self.device))
-            batch = replace(batch, step_tokens=tokens, step_rows=rows)
-        return [batch[part] for part in token_parts(batch, self.micro_batch_tokens, self.models.shares_prompts)]
-
-    def loss_in_parts(self, batch: Any, loss_of: Callable[[Any], Tensor]) -> Tensor:
-        """The micro-batch's loss, of which all parts but the last have been through the backward pass already."""
-        *first, last = self.parts_of(batch)
-        self.parts, self._parts_left = 1 + len(first), len(first)
-        for part in first:
-            if self._trainer is None:
-                loss_of(part).backward()  # type: ignore[no-untyped-call]
-            else:
-                self.trainer.strategy.backward(loss_of(part) / self.accumulate, None)
-            self._parts_left -= 1
-        loss = loss_of(last)
-        self.parts = 1
-        return loss
+    # -- optimisation ----------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin an optimiser step with no gradient, where Lightning's own time for it would be too late."""
-        if self.micro_batch_tokens is not None and batch_idx % self.accumulate == 0:
+        if self.parts.tokens is not None and batch_idx % self.accumulate == 0:
             cast(torch.optim.Optimizer, self.optimizers()).zero_grad()
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Lightning calls this between forward and backward, when the first parts have left their gradient."""
-        if self.micro_batch_tokens is None:
+        if self.parts.tokens is None:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
-
-    # -- optimisation ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, with warm-up and decay per optimiser step.

@@ -106,7 +106,7 @@ class ConservativePPO(OnPolicyModule):
         kappa, c = self.max_kl_divergence, self.current_coef
         share = self.aggregate(kl, batch)
         excess = (K - kappa).clamp(min=0).to(kl)
-        penalty = c * excess.square() / (self.loss_scale * self.parts) + 2 * c * excess * (share - share.detach())
+        penalty = c * excess.square() / (self.loss_scale * self.parts.count) + 2 * c * excess * (share - share.detach())
         self._last_kl = float(K)
         own = {"kl_violation": float(excess > 0), "max_kl_threshold": kappa, "conservative_coef": c}
         self.count({f"stability/{name}": (value, None) for name, value in own.items()})

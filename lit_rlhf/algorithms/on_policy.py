@@ -317,7 +317,7 @@ class OnPolicyModule(RLHFModule):
         rows = batch if isinstance(batch, Experience) else self.experience_from(batch)
         if "stopped" in self.loop.numbers:
             return torch.stack([p.sum() for p in self.models.parameters() if p.requires_grad]).sum() * 0.0
-        return self.loss_in_parts(rows, self._loss)
+        return self.parts.loss(self, rows, self._loss)
 
     def _loss(self, rows: Experience) -> Tensor:
         scores = self.score(rows)

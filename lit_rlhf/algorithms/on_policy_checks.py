@@ -166,7 +166,7 @@ def check_scalar(module: OnPolicyModule, weights: Tensor | None) -> None:
     Raises:
         InputError: some rows are to be weighed, or the micro-batch is taken in parts.
     """
-    if module.micro_batch_tokens is not None:
+    if module.parts.tokens is not None:
         raise InputError(
             "policy_loss: a scalar says nothing of the parts that algo.micro_batch_tokens makes of a micro-batch; "
             "return [N, T], or leave algo.micro_batch_tokens out"

@@ -86,7 +86,7 @@ class PreferenceModule(RLHFModule):
         """
         if not isinstance(batch, PreferenceBatch):
             batch = self.read_pairs(batch)
-        return self.loss_in_parts(batch, self._loss)
+        return self.parts.loss(self, batch, self._loss)
 
     def _loss(self, batch: PreferenceBatch) -> Tensor:
         compared = self.compare(batch)

@@ -55,7 +55,7 @@ class SFT(RLHFModule):
     def training_step(self, batch: CompletionBatch, batch_idx: int = 0) -> Tensor:
         """One micro-batch's share of the step's mean negative log-likelihood."""
         self.stats.update({"rollout/response_length": (batch.response_mask.sum(1).float(), None)})
-        return self.loss_in_parts(batch, self._loss)
+        return self.parts.loss(self, batch, self._loss)
 
     def _loss(self, batch: CompletionBatch) -> Tensor:
         logprobs = self.models.score(batch).logprobs

@@ -172,7 +172,7 @@ def _micro_batches(module: RLHFModule, plan: Sequence[Tensor], batch_of: Callabl
             step = [batch_of(index) for index in plan[first : first + accumulate]]
             tokens, rows = step_counts([batch.response_mask for batch in step], module.device)
             step = [replace(batch, step_tokens=tokens, step_rows=rows) for batch in step]
-            module.start_step([part for batch in step for part in module.parts_of(batch)])
+            module.start_step([part for batch in step for part in module.parts.of(module, batch)])
         state.position = position + 1
         if state.position == len(plan):
             state.finish_iteration()

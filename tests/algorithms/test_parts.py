@@ -20,7 +20,7 @@ BUDGET = 12  # tokens; a row of the tests has up to 12
 def step(module, batch):
     """Gradient and metrics of one optimiser step of one micro-batch, and how many times something was scored."""
     module.zero_grad()
-    parts = module.parts_of(batch)
+    parts = module.parts.of(module, batch)
     module.begin_step(parts)
     module.training_step(batch).backward()
     found = {n: p.grad.clone() for n, p in module.models.named_parameters() if p.grad is not None}
@@ -38,7 +38,7 @@ def assert_the_same_in_parts(make, batch):
 def test_parts_have_the_gradient_of_the_whole(name):
     def make(budget):
         module = setting_or_sft(name)[0]
-        module.micro_batch_tokens = budget
+        module.parts.tokens = budget
         return module
 
     assert_the_same_in_parts(make, setting_or_sft(name)[1])
@@ -48,7 +48,7 @@ def test_parts_have_the_gradient_of_the_whole(name):
 def test_parts_have_the_gradient_of_all_pairs(name):
     def make(budget):
         module = preference_module(name)
-        module.micro_batch_tokens = budget
+        module.parts.tokens = budget
         return module
 
     assert_the_same_in_parts(make, random_pairs())
