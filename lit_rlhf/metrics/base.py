@@ -24,24 +24,30 @@ class Moments(NamedTuple):
 
 
 def _moments_update(*cells: tuple[Tensor, Tensor | None]) -> Moments:
-    """Statistics of each `(values, mask)`, of any equal shapes; without a mask every value counts."""
-    columns = [_column(values, mask) for values, mask in cells]
-    return Moments(
-        torch.stack([torch.stack(sums) for sums, _ in columns], 1),
-        torch.stack([torch.stack(highs) for _, highs in columns], 1),
-    )
+    """Statistics of each `(values, mask)`, of any equal shapes; without a mask every value counts.
+
+    Those with the same shape and mask are taken together: there are many of them in a training step, all small.
+    """
+    alike: dict[tuple[torch.Size, int | None], list[int]] = {}
+    for k, (values, mask) in enumerate(cells):
+        alike.setdefault((values.shape, None if mask is None else id(mask)), []).append(k)
+    found = [_columns([cells[k][0] for k in ks], cells[ks[0]][1]) for ks in alike.values()]
+    order = torch.tensor([k for ks in alike.values() for k in ks]).argsort().to(cells[0][0].device)
+    return Moments(*(torch.cat(parts, 1).index_select(1, order) for parts in zip(*found, strict=True)))
 
 
-def _column(values: Tensor, mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    x = values.detach().double()
-    valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
-    if x.shape != valid.shape:
-        raise ValueError(f"mask must have the shape of the values {tuple(x.shape)}, got {tuple(valid.shape)}")
+def _columns(values: list[Tensor], mask: Tensor | None) -> Moments:
+    """Statistics of quantities of one shape and mask."""
+    x = torch.stack([v.detach().double().flatten() for v in values])
+    if mask is not None and mask.shape != values[0].shape:
+        raise ValueError(f"mask must have the shape of the values {tuple(values[0].shape)}, got {tuple(mask.shape)}")
+    valid = torch.ones_like(x[0], dtype=torch.bool) if mask is None else mask.bool().flatten()
     if not x.numel():
-        return [x.new_zeros(())] * 3, [x.new_full((), -torch.inf)] * 2
+        return Moments(x.new_zeros(3, len(x)), x.new_full((2, len(x)), -torch.inf))
     kept = torch.where(valid, x, 0.0)
-    highs = [torch.where(valid, signed, -torch.inf).max() for signed in (x, -x)]
-    return [valid.sum().double(), kept.sum(), kept.square().sum()], highs
+    highs = [torch.where(valid, signed, -torch.inf).amax(1) for signed in (x, -x)]
+    counts = valid.sum().double().expand(len(x))
+    return Moments(torch.stack([counts, kept.sum(1), kept.square().sum(1)]), torch.stack(highs))
 
 
 def mean(moments: Moments) -> Tensor:
