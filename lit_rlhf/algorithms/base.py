@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypedDict, cast
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule
@@ -246,11 +246,6 @@ class RLHFModule(LightningModule):
         return loss * self.loss_scale
 
     # -- optimisation ----------------------------------------------------------------------------------------------
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Begin an optimiser step with no gradient, where Lightning's own time for it would be too late."""
-        if self.parts.tokens is not None and batch_idx % self.accumulate == 0:
-            cast(torch.optim.Optimizer, self.optimizers()).zero_grad()
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Lightning calls this between forward and backward, when the first parts have left their gradient."""

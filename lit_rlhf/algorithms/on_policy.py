@@ -39,7 +39,7 @@ from lit_rlhf.algorithms.on_policy_stats import (
     update_stats,
     warn_of_no_rewards,
 )
-from lit_rlhf.algorithms.proximal import is_found_in_update, to_score_again, with_found
+from lit_rlhf.algorithms.proximal import is_found_in_update, not_scored_yet, to_score_again, with_found
 from lit_rlhf.algorithms.reward_scaling import RewardArgs, RewardScaling
 from lit_rlhf.algorithms.target_kl import TargetKL
 from lit_rlhf.errors import check_choice
@@ -237,7 +237,7 @@ class OnPolicyModule(RLHFModule):
         again, later = to_score_again(self, rollout.version), is_found_in_update(self)
         bootstraps, temperature = self.critic.bootstraps, self.sampling.temperature
         rollout = start_of_update(self.models, rollout, temperature, again & (not later), bootstraps)
-        return replace(rollout, unscored=again) if later and bool(again.any()) else rollout
+        return not_scored_yet(rollout, again) if later and bool(again.any()) else rollout
 
     def experience(self, rollout: ScoredRollout) -> Experience:
         """Shape the rewards, estimate the advantages, count both; then adapt the KL coefficient.
@@ -271,7 +271,8 @@ class OnPolicyModule(RLHFModule):
     @property
     def _full_precision(self) -> bool:
         weights = next(self.models.policy.parameters()).dtype in (torch.float32, torch.float64)
-        return weights and (self._trainer is None or self._trainer.precision in ("32-true", "64-true"))
+        exact = self.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest"  # and not TF32
+        return weights and exact and (self._trainer is None or self._trainer.precision in ("32-true", "64-true"))
 
     @property
     def current_kl_coef(self) -> float:
@@ -313,6 +314,7 @@ class OnPolicyModule(RLHFModule):
             batch: an experience, or a dictionary in one of the formats of `types.from_dict`.
             batch_idx: Lightning's; not used.
         """
+        self.ahead.check()
         self.clock["update"] -= time.perf_counter()
         rows = batch if isinstance(batch, Experience) else self.experience_from(batch)
         if "stopped" in self.loop.numbers:

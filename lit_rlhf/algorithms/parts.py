@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from lit_rlhf.errors import check_number
+from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.models.forward import token_parts
 from lit_rlhf.rollouts.loader import step_counts
 
@@ -31,9 +34,19 @@ class Parts:
         self._terms: dict[str, Tensor | float] = {}
 
     def of(self, module: RLHFModule, batch: Any) -> list[Any]:
-        """The micro-batch in parts, each with the optimiser step's counts; or as it is."""
-        if self.tokens is None or len(batch) < 2:
+        """The micro-batch in parts, each with the optimiser step's counts; or as it is.
+
+        Raises:
+            InputError: the policy is sharded.
+        """
+        if self.tokens is None:
             return [batch]
+        strategy = getattr(module._trainer, "strategy", None)
+        if isinstance(module.models.policy, FSDPModule) or isinstance(strategy, DeepSpeedStrategy):
+            raise InputError(
+                "algo.micro_batch_tokens: the ranks of a sharded policy have to run as many passes, and parts depend "
+                "on each one's rows; leave it out and raise trainer.accumulate_grad_batches"
+            )
         if batch.step_tokens is None or batch.step_rows is None:
             tokens, rows = (n * module.accumulate for n in step_counts([batch.response_mask], module.device))
             batch = replace(batch, step_tokens=tokens, step_rows=rows)
@@ -42,16 +55,20 @@ class Parts:
     def loss(self, module: RLHFModule, batch: Any, loss_of: Callable[[Any], Tensor]) -> Tensor:
         """The loss of the last part; those before it have been through the backward pass by then."""
         *first, last = self.of(module, batch)
-        self.count, self._left = 1 + len(first), len(first)
-        for part in first:
-            if module._trainer is None:
-                loss_of(part).backward()  # type: ignore[no-untyped-call]
-            else:
-                module.trainer.strategy.backward(loss_of(part) / module.accumulate, None)
-            self._left -= 1
-        loss = loss_of(last)
-        self.count = 1
-        return loss
+        trainer = module._trainer
+        if self.tokens is not None and trainer is not None and trainer.fit_loop.batch_idx % module.accumulate == 0:
+            cast(torch.optim.Optimizer, module.optimizers()).zero_grad()  # Lightning's own time for it is too late
+        self.count, self._left, self._terms = 1 + len(first), len(first), {}
+        try:
+            for part in first:
+                if trainer is None:
+                    loss_of(part).backward()  # type: ignore[no-untyped-call]
+                else:
+                    trainer.strategy.backward(loss_of(part) / module.accumulate, None)
+                self._left -= 1
+            return loss_of(last)
+        finally:
+            self.count, self._left = 1, 0
 
     def sum_terms(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor | float]:
         """Add a part's terms of the loss up; returns those of the micro-batch once it is complete, before that none."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.models.scoring import Scores
-from lit_rlhf.types import Experience
+from lit_rlhf.types import Experience, ScoredRollout
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.on_policy import OnPolicyModule
@@ -38,12 +38,19 @@ def is_found_in_update(module: OnPolicyModule) -> bool:
 
     The KL in the reward does, and what a user has written may, or who calls `collect` by hand.
     """
-    hooks = (type(module).shape_rewards, type(module).compute_advantages, type(module).experience)
+    kind = type(module)
+    hooks = (kind.collect, kind.score_rollout, kind.experience, kind.shape_rewards, kind.compute_advantages)
     named = inspect.signature(module._estimate).parameters
     asked = module.prompts is None or module.kl.in_reward or module.kl.target is not None or "old_logprobs" in named
     asked |= any(p.kind is p.VAR_KEYWORD for p in named.values())
     ours = all(hook.__module__.startswith("lit_rlhf.") for hook in hooks)
     return module.minibatches == 1 and module.update_epochs == 1 and ours and not asked
+
+
+def not_scored_yet(rollout: ScoredRollout, rows: Tensor) -> ScoredRollout:
+    """The rollout with the `old_logprobs` of these rows, `[N]` bool, left to the update: no numbers until then."""
+    old = rollout.old_logprobs.masked_fill(rows.unsqueeze(1), torch.nan)
+    return replace(rollout, unscored=rows, old_logprobs=old)
 
 
 def with_found(batch: Experience, scores: Scores) -> Experience:

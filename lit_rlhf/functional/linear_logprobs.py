@@ -82,25 +82,24 @@ class _LinearLogprobs(torch.autograd.Function):
                 logprobs[rows], totals[rows] = sums.logprobs, sums.highest + sums.total.log()
                 if entropy:
                     entropies[rows] = sums.total.log() - sums.weighted / sums.total
-        layer.free()
-        ctx.save_for_backward(hidden, ids, totals, entropies)
+        ctx.save_for_backward(hidden, weight, bias, ids, totals, entropies)
         ctx.set_materialize_grads(False)  # None for what the loss does not use
-        ctx.layer, ctx.dtypes = layer, [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.settings = temperature, tile, layer.dtype
         return logprobs, entropies
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_logprobs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, ids, totals, entropies = ctx.saved_tensors
-        layer: _OutputLayer = ctx.layer
+        hidden, weight, bias, ids, totals, entropies = ctx.saved_tensors
+        layer = _OutputLayer(hidden, weight, bias, *ctx.settings)
         of_hidden, of_weight, of_bias = (
             x.new_zeros(x.shape, dtype=layer.sums) if x is not None and needed else None
-            for x, needed in zip((hidden, layer.weight, layer.bias), ctx.needs_input_grad[:3], strict=True)
+            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
         of_logprobs = torch.zeros_like(totals) if of_logprobs is None else of_logprobs
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in layer.tokens(hidden):
-                states = hidden[rows].to(layer.weight.dtype)
+                states = hidden[rows].to(layer.dtype)
                 g = of_logprobs[rows].unsqueeze(1) / layer.temperature
                 for columns, u in layer.logits(states):
                     log_p = u.sub_(totals[rows].unsqueeze(1))
@@ -114,14 +113,13 @@ class _LinearLogprobs(torch.autograd.Function):
                     of_u.scatter_add_(1, column, g * inside)
                     if of_bias is not None:
                         of_bias[columns] += of_u.sum(0)
-                    of_u = of_u.to(layer.weight.dtype)
+                    of_u = of_u.to(layer.dtype)
                     if of_hidden is not None:
-                        of_hidden[rows] += of_u @ layer.weight[columns]
+                        of_hidden[rows] += of_u @ weight[columns].to(layer.dtype)
                     if of_weight is not None:
                         of_weight[columns] += of_u.T @ states
-        layer.free()
-        found = zip((of_hidden, of_weight, of_bias), ctx.dtypes, strict=True)
-        return (*(None if x is None else x.to(dtype) for x, dtype in found), None, None, None, None)
+        found = zip((of_hidden, of_weight, of_bias), (hidden, weight, bias), strict=True)
+        return (*(None if x is None else x.to(like.dtype) for x, like in found), None, None, None, None)
 
 
 class _RunningSums:
@@ -138,7 +136,8 @@ class _RunningSums:
         """Take in the tile `u` `[tokens, vocabulary]` from the entry `start` on, and overwrite it."""
         column, inside = _within(self.ids, start, u.shape[1])
         chosen = torch.where(inside, u.gather(1, column), 0.0).squeeze(1)
-        highest = u.amax(1) if self.first else torch.maximum(self.highest, u.amax(1))
+        highest = u.amax(1).clamp(min=torch.finfo(u.dtype).min)  # of tokens that are all forbidden
+        highest = highest if self.first else torch.maximum(self.highest, highest)
         u.sub_(highest.unsqueeze(1))
         total = torch.exp(u, out=scratch).sum(1)
         weighted = torch.linalg.vecdot(scratch, u.clamp_(min=_FORBIDDEN)) if self.entropy else total
@@ -164,16 +163,25 @@ def _within(ids: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 class _OutputLayer:
-    """The scaled logits of one tile at a time, in two buffers that all tiles share."""
+    """The scaled logits of one tile at a time, in two buffers that all tiles share.
+
+    The weights are cast tile by tile: under autocast a copy of them all would be as large as what is saved.
+    """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, tile: tuple[int, int]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        tile: tuple[int, int],
+        dtype: torch.dtype | None = None,
     ) -> None:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        self.sums = torch.float64 if dtype == torch.float64 else torch.float32
-        self.weight, self.bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-        self.temperature, self.tile = temperature, tile
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        self.dtype = dtype or cast  # of the products
+        self.sums = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.weight, self.bias, self.temperature, self.tile = weight, bias, temperature, tile
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def tokens(self, hidden: Tensor) -> Iterator[slice]:
@@ -183,17 +191,17 @@ class _OutputLayer:
 
     def logits(self, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Which part of the vocabulary, and its u `[tokens, vocabulary]`, which the next tile overwrites."""
-        states = states.to(self.weight.dtype)
+        states = states.to(self.dtype)
         for start in range(0, len(self.weight), self.tile[1]):
             columns = slice(start, min(start + self.tile[1], len(self.weight)))
             u = self._buffer(0, len(states), columns.stop - start)
-            weight = self.weight[columns]
-            if weight.dtype == self.sums:
+            weight = self.weight[columns].to(self.dtype)
+            if self.dtype == self.sums:
                 torch.mm(states, weight.T, out=u)
             else:
                 u.copy_(states @ weight.T)
             if self.bias is not None:
-                u += self.bias[columns]
+                u += self.bias[columns].to(self.sums)
             yield columns, u if self.temperature == 1 else u.div_(self.temperature)
 
     def spare(self, u: Tensor) -> Tensor:
@@ -206,7 +214,3 @@ class _OutputLayer:
             self._buffers = tuple(self.weight.new_empty(size, dtype=self.sums) for _ in range(2))  # type: ignore[assignment]
         assert self._buffers is not None
         return self._buffers[which][: rows * columns].view(rows, columns)
-
-    def free(self) -> None:
-        """Let go of the buffers."""
-        self._buffers = None

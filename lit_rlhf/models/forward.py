@@ -52,9 +52,12 @@ class Part:
     states: Tensor  # [K, C] before the token: hidden states, or the logits of a model with its output layer
     rows: Tensor  # [n] the part's rows
     last: Tensor | None  # [n, C] after the last token; None of a model with its output layer
+    hidden: Tensor | None = None  # [K, H] hidden states, of a model with its output layer, where they are asked for
 
 
-def forward_parts(model: nn.Module, rows: Completions, shortcuts: Shortcuts) -> Iterator[Part]:
+def forward_parts(
+    model: nn.Module, rows: Completions, shortcuts: Shortcuts, with_hidden: bool = False
+) -> Iterator[Part]:
     """Run the model over the rows, in parts that together are all of them.
 
     Args:
@@ -62,7 +65,10 @@ def forward_parts(model: nn.Module, rows: Completions, shortcuts: Shortcuts) -> 
         rows: prompts `[N, P]`, left-padded, and responses `[N, T]`, right-padded; what stands in padded cells does not
             matter. False cells of `response_mask` before a row's last true one are attended to.
         shortcuts: which to take.
+        with_hidden: of a language model the last hidden states, too.
     """
+    if not len(rows):
+        return
     read, device = _Rows.of(rows), rows.response_ids.device
     cost, most = _TOKENS_OF_A_PASS.get(device.type, 2048), _TOKENS_AT_ONCE.get(device.type, 65536)
     whole = isinstance(model, FSDPModule) or not shortcuts.sort_by_length  # the ranks of a sharded model run as one
@@ -71,7 +77,7 @@ def forward_parts(model: nn.Module, rows: Completions, shortcuts: Shortcuts) -> 
     shared = read.distinct_prompts() if share else None
     if shared is None or int(read.prompt_lengths.sum() - shared[0].prompt_lengths.sum()) <= cost:
         for some in by_length((read.prompt_lengths + read.response_lengths).cpu(), limits):
-            yield _in_one(model, read, some.to(device), shortcuts.torch_compile)
+            yield _in_one(model, read, some.to(device), shortcuts.torch_compile, with_hidden)
         return
     prompts, of_row = shared
     for some in by_length(prompts.prompt_lengths.cpu(), limits):
@@ -122,11 +128,14 @@ class _Rows:
     @classmethod
     def of(cls, rows: Completions) -> _Rows:
         mask, scored = rows.prompt_mask.bool(), rows.response_mask.bool()
+        ids = rows.prompt_ids.masked_fill(~mask, 0)
+        if not mask.shape[1]:
+            ids, mask = (x.new_zeros(len(x), 1) for x in (ids, mask))
         attended = scored.flip(1).cumsum(1).flip(1) > 0
         first = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        prompts = rows.prompt_ids.masked_fill(~mask, 0).gather(1, first)
+        prompts = ids.gather(1, first)
         lengths = mask.sum(1).clamp(min=1)  # a row without a prompt begins with token 0
-        widest = int(lengths.max()) if len(lengths) else 1
+        widest = int(lengths.max())
         responses = rows.response_ids.masked_fill(~attended, 0)
         return cls(prompts[:, :widest], lengths, responses, attended.sum(1), scored)
 
@@ -149,7 +158,7 @@ class _Rows:
         return row, step
 
 
-def _in_one(model: Any, read: _Rows, rows: Tensor, compiled: bool) -> Part:
+def _in_one(model: Any, read: _Rows, rows: Tensor, compiled: bool, with_hidden: bool) -> Part:
     """Prompt and response of each row in one; nothing is masked, since what follows a row cannot be attended to."""
     prompt, response = read.prompt_lengths[rows], read.response_lengths[rows]
     column = torch.arange(int((prompt + response).max()), device=rows.device).unsqueeze(0)
@@ -160,16 +169,18 @@ def _in_one(model: Any, read: _Rows, rows: Tensor, compiled: bool) -> Part:
     row, step = read.scored_cells(rows)
     cell = prompt[row] + step - 1
     run = functools.partial(_compiled(type(model).forward), model) if compiled else model
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    named = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters  # of torch.compile's own module
+    extra: dict[str, Any] = {"output_hidden_states": True} if with_hidden else {}
+    if "logits_to_keep" in named:
         wanted = torch.zeros_like(ids, dtype=torch.bool).index_put((row, cell), torch.ones_like(row, dtype=torch.bool))
-        states = run(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
-        return Part(rows[row], step, states, rows, None)
-    found = run(input_ids=ids, use_cache=False)
-    if not hasattr(found, "last_hidden_state"):
-        return Part(rows[row], step, found.logits[row, cell], rows, None)
-    hidden = found.last_hidden_state
-    last = hidden[torch.arange(len(rows), device=rows.device), prompt + response - 1]
-    return Part(rows[row], step, hidden[row, cell], rows, last)
+        extra["logits_to_keep"] = wanted
+    found = run(input_ids=ids, use_cache=False, **extra)
+    if hasattr(found, "last_hidden_state"):
+        hidden = found.last_hidden_state
+        last = hidden[torch.arange(len(rows), device=rows.device), prompt + response - 1]
+        return Part(rows[row], step, hidden[row, cell], rows, last)
+    logits = found.logits if "logits_to_keep" in named else found.logits[row, cell]
+    return Part(rows[row], step, logits, rows, None, found.hidden_states[-1][row, cell] if with_hidden else None)
 
 
 @functools.cache
@@ -199,26 +210,42 @@ def _behind_prompts(
         prompt, lengths, width = prompt_of[rows], read.prompt_lengths[rows], int(read.response_lengths[rows].max())
         states = before[prompt].unsqueeze(1)  # [n, 1 + width, H]
         if width:
-            behind = _continue(trunk, cache, prompt, lengths, read.responses[rows, :width])
+            behind = _behind(trunk, cache, prompt, lengths, read.responses[rows, :width])
             states = torch.cat([states, behind], dim=1)
         row, step = read.scored_cells(rows)
         last = states[torch.arange(len(rows), device=rows.device), read.response_lengths[rows]]
         yield Part(rows[row], step, states[row, step], rows, last)
 
 
-def _continue(trunk: Any, cache: DynamicCache, prompt: Tensor, lengths: Tensor, ids: Tensor) -> Tensor:
-    """Hidden states `[n, t, H]` of the tokens `ids` `[n, t]` behind the prompts `[n]` of these lengths."""
-    longest = int(lengths.max())
+def _behind(trunk: Any, cache: DynamicCache, prompt: Tensor, lengths: Tensor, ids: Tensor) -> Tensor:
+    """Read `ids` `[n, t]` behind prompts, which lie in the cache from column 0 on.
+
+    Each row gets its prompt so that it ends in the last column: some models count distances in columns, and nothing
+    must be between a prompt and what follows.
+
+    Args:
+        trunk: the model.
+        cache: of the prompts.
+        prompt: `[n]` which of them is the row's.
+        lengths: `[n]` of the rows' prompts.
+        ids: what follows.
+
+    Returns:
+        Hidden states `[n, t, H]`.
+    """
+    longest, new = int(lengths.max()), ids.shape[1]
     held = DynamicCache(config=trunk.config)
+    position = torch.arange(longest + new, device=ids.device) - longest + lengths.unsqueeze(1)  # negative: no prompt
+    source = position[:, None, :longest, None].clamp(min=0)
     for layer, of_prompts in zip(held.layers, cache.layers, strict=True):
         keys, values = (x[:, :, :longest].index_select(0, prompt) for x in (of_prompts.keys, of_prompts.values))
+        if int(lengths.min()) < longest:
+            keys, values = (x.gather(2, source.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values))
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
-    columns = torch.arange(longest, device=ids.device)
-    mask = torch.cat([columns < lengths.unsqueeze(1), torch.ones_like(ids, dtype=torch.bool)], dim=1).long()
-    arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": held, "use_cache": True}
+    arguments: dict[str, Any] = {"attention_mask": (position >= 0).long(), "past_key_values": held, "use_cache": True}
     if "position_ids" in inspect.signature(trunk.forward).parameters:
-        arguments["position_ids"] = lengths.unsqueeze(1) + torch.arange(ids.shape[1], device=ids.device)
+        arguments["position_ids"] = position[:, longest:]
     hidden: Tensor = trunk(input_ids=ids, **arguments).last_hidden_state
     return hidden
 
@@ -235,19 +262,20 @@ def token_parts(batch: Completions | PreferenceBatch, budget: int, share_prompts
         The numbers of each part's rows.
     """
     read = _Rows.of(batch.completions() if isinstance(batch, PreferenceBatch) else batch)
-    of_row = read.distinct_prompts()[1][: len(batch)]
+    of_row = read.distinct_prompts()[1][: len(batch)].cpu()
     tokens = read.response_lengths.view(-1, len(batch)).sum(0).tolist()
+    numbers, lengths = of_row.tolist(), read.prompt_lengths.tolist()
     copies = 1 if share_prompts else len(read.prompts) // len(batch)
     parts: list[list[int]] = []
     used, before = 0, -1
     for row in of_row.argsort(stable=True).tolist():
-        prompt = int(read.prompt_lengths[row]) * copies
-        shared = share_prompts and int(of_row[row]) == before
+        prompt = lengths[row] * copies
+        shared = share_prompts and numbers[row] == before
         if parts and used + tokens[row] + (0 if shared else prompt) <= budget:
             parts[-1].append(row)
             used += tokens[row] + (0 if shared else prompt)
         else:
             parts.append([row])
             used = tokens[row] + prompt
-        before = int(of_row[row])
-    return [torch.tensor(part, device=of_row.device) for part in parts]
+        before = numbers[row]
+    return [torch.tensor(part, device=read.prompts.device) for part in parts]

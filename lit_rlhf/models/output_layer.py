@@ -18,13 +18,14 @@ _found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def output_layer(model: nn.Module) -> nn.Linear | None:
     """The linear layer whose outputs on `model.base_model`'s last hidden states are the model's logits, if there is.
 
-    There is none in models that scale or cap their logits, whose output layer carries adapters or hooks, or that are
-    sharded or compiled as a whole. The model is run once, on two tokens, to see.
+    There is none in models that scale or cap their logits, that carry hooks, or adapters on the output layer, or that
+    are sharded or compiled as a whole. The model is run once, on a few tokens, to see.
     """
     if not isinstance(model, PreTrainedModel) or isinstance(model, FSDPModule):
         return None
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+    hooks = (m._forward_hooks or m._forward_pre_hooks for m in (model, head))
+    if type(head) is not nn.Linear or any(hooks) or "forward" in vars(model) or model._compiled_call_impl is not None:
         return None
     if model not in _found:
         _found[model] = _is_all(model, head)
@@ -37,17 +38,18 @@ def _is_all(model: Any, head: nn.Linear) -> bool:
     states: list[Tensor] = []
     hooks = [
         model.base_model.register_forward_hook(lambda _, __, out: states.append(out[0])),
-        head.register_forward_hook(lambda _, inputs, out: states.extend([inputs[0], out])),
+        head.register_forward_hook(lambda _, inputs, out: states.extend([inputs[0], out.clone()])),
     ]
+    tokens = torch.arange(min(8, head.out_features), device=head.weight.device).unsqueeze(0)
     try:
-        logits = model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=head.weight.device)).logits
+        logits = model(input_ids=tokens).logits
     finally:
         for hook in hooks:
             hook.remove()
     if len(states) != 3:
         return False
     hidden, read, written = states
-    return torch.equal(hidden, read) and logits.data_ptr() == written.data_ptr() and logits.shape == written.shape
+    return torch.equal(hidden, read) and torch.equal(logits, written)
 
 
 def continues_from_cache(trunk: nn.Module) -> bool:

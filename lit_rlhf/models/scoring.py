@@ -7,7 +7,7 @@ logits that are computed at all are decided here and nowhere else.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_rlhf.functional import exact_kl, linear_logprobs, token_entropy, token_logprobs
 from lit_rlhf.functional.linear_logprobs import TILE
 from lit_rlhf.models.adapters import without_adapters
-from lit_rlhf.models.forward import Completions, Part, Shortcuts, forward_parts
+from lit_rlhf.models.forward import Completions, Shortcuts, forward_parts
 from lit_rlhf.models.output_layer import continues_from_cache, output_layer
 
 
@@ -70,14 +70,14 @@ def score(
     shortcuts = shortcuts or Shortcuts()
     layer, trunk = _taken_apart(model)
     found: dict[str, list[Tensor]] = {}
-    parts: list[Part] = []
+    cells: list[tuple[Tensor, Tensor]] = []
     if reference is not None:
         ref_layer, ref_trunk = _taken_apart(reference)
         shared = shortcuts.share_prompts and continues_from_cache(trunk) and continues_from_cache(ref_trunk)
         shortcuts = replace(shortcuts, share_prompts=shared)  # so that both run in the same parts
         ref_parts = forward_parts(ref_trunk, rows, shortcuts)
-    for part in forward_parts(trunk, rows, shortcuts):
-        parts.append(part)
+    for part in forward_parts(trunk, rows, shortcuts, with_hidden=head is not None and layer is None):
+        cells.append((part.row, part.step))
         ids = rows.response_ids[part.row, part.step]
         logprobs, entropies = _logprobs(layer, part.states, ids, temperature, entropy, shortcuts)
         said = {"logprobs": logprobs}
@@ -87,14 +87,12 @@ def score(
             with torch.no_grad(), without_adapters(reference):
                 ref_states = next(ref_parts).states
             said["kl"] = _kl(layer, part.states, ref_layer, ref_states, temperature)
-        if head is not None and layer is not None:
-            said["values"] = head(part.states)
+        if head is not None:
+            said["values"] = head(part.states if part.hidden is None else part.hidden)
         for name, numbers in said.items():
             found.setdefault(name, []).append(numbers)
-    scattered = {name: _scatter(numbers, parts, rows) for name, numbers in found.items()}
-    if head is not None and layer is None:
-        scattered["values"] = score_values(cast(nn.Module, model.base_model), head, rows, shortcuts).values
-    return Scores(**scattered)
+    names = ["logprobs"] + ["entropy"] * entropy + ["kl"] * (reference is not None) + ["values"] * (head is not None)
+    return Scores(**{name: _scatter(found.get(name, []), cells, rows) for name in names})
 
 
 def score_values(trunk: nn.Module, head: nn.Module, rows: Completions, shortcuts: Shortcuts | None = None) -> Values:
@@ -106,10 +104,13 @@ def score_values(trunk: nn.Module, head: nn.Module, rows: Completions, shortcuts
         rows: see `score`.
         shortcuts: see `score`.
     """
-    parts = list(forward_parts(trunk, rows, shortcuts or Shortcuts()))
-    last = torch.cat([head(part.last) for part in parts])
-    order = torch.cat([part.rows for part in parts]).argsort()
-    return Values(_scatter([head(part.states) for part in parts], parts, rows), last[order])
+    values, cells, last = [], [], torch.zeros(len(rows), device=rows.response_ids.device)
+    for part in forward_parts(trunk, rows, shortcuts or Shortcuts()):
+        values.append(head(part.states))
+        cells.append((part.row, part.step))
+        of_part = head(part.last)
+        last = last.to(of_part.dtype).index_put((part.rows,), of_part)
+    return Values(_scatter(values, cells, rows), last)
 
 
 def _taken_apart(model: Any) -> tuple[nn.Linear | None, nn.Module]:
@@ -144,8 +145,10 @@ def _kl(
     return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def _scatter(numbers: list[Tensor], parts: list[Part], rows: Completions) -> Tensor:
-    """Put each part's numbers `[K]` on the cells that they are of: `[N, T]`, differentiable, 0 elsewhere."""
+def _scatter(numbers: list[Tensor], cells: list[tuple[Tensor, Tensor]], rows: Completions) -> Tensor:
+    """Put each part's numbers `[K]` on their cells, rows and steps: `[N, T]`, differentiable, 0 elsewhere."""
+    if not cells:
+        return torch.zeros(rows.response_mask.shape, device=rows.response_mask.device)
     flat = torch.cat(numbers)
-    cells = torch.cat([part.row for part in parts]), torch.cat([part.step for part in parts])
-    return flat.new_zeros(rows.response_mask.shape).index_put(cells, flat)
+    row, step = (torch.cat(indices) for indices in zip(*cells, strict=True))
+    return flat.new_zeros(rows.response_mask.shape).index_put((row, step), flat)

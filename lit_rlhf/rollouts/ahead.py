@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
@@ -76,7 +76,8 @@ class RolloutsAhead:
         if not self.max_staleness:
             return
         strategy = module.trainer.strategy
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+        if not whole or isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy
             raise InputError(
                 f"rollout.max_staleness={self.max_staleness} samples from a copy of the policy, and with "
                 f"{type(strategy).__name__} no device has all of it; write rollout.max_staleness=0, or "
@@ -140,11 +141,7 @@ class RolloutsAhead:
 
 
 class EndsWithFit(Callback):
-    """Tells of errors of the sampler's thread at the next micro-batch, and ends it however a fit ends."""
-
-    def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
-        """Raise what went wrong."""
-        module.ahead.check()
+    """Ends the sampler's thread however a fit ends."""
 
     def on_fit_end(self, trainer: Any, module: Any) -> None:
         """End the thread."""

@@ -164,7 +164,11 @@ class _Thread(threading.Thread):
         self.outbox: SimpleQueue[tuple[Task, Rollout | BaseException]] = SimpleQueue()
 
     def run(self) -> None:
-        torch.set_num_threads(self.threads)  # of this thread alone
+        usual = torch.get_num_threads()
+        torch.set_num_threads(self.threads)  # of this thread, and of those that begin later
+        reset = threading.Thread(target=torch.set_num_threads, args=(usual,))
+        reset.start()
+        reset.join()
         while (task := self.inbox.get()) is not None:
             try:
                 found: Rollout | BaseException = self._sample(task)

@@ -3,10 +3,12 @@
 import copy
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.grpo import GRPO
@@ -349,13 +351,14 @@ def test_fits_one_after_the_other_are_one_long_run():
 # what cannot be
 
 
-def test_a_sharded_policy_is_refused(monkeypatch):
+@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy])
+def test_a_sharded_policy_is_refused(strategy):
     module = build(GRPO, **ahead(1))
-    monkeypatch.setattr("lit_rlhf.rollouts.ahead.SingleDeviceStrategy", type("Other", (), {}))
+    module._trainer = SimpleNamespace(strategy=object.__new__(strategy))  # of which only the kind is looked at
     with pytest.raises(
-        InputError, match=r"rollout.max_staleness=1 .* with SingleDeviceStrategy no device has all of it"
+        InputError, match=rf"rollout.max_staleness=1 .* with {strategy.__name__} no device has all of it"
     ):
-        trainer().fit(module, datamodule=RowsDataModule(prompt_rows(9)))
+        module.ahead.prepare(module)
 
 
 def test_nothing_is_sampled_ahead_of_given_completions():
@@ -378,6 +381,15 @@ def estimator_of_its_own(rewards, mask, old_logprobs):
     return rewards - rewards.mean(), None
 
 
+class Collecting(GRPO):
+    """Looks at what is collected."""
+
+    def collect(self, prompts):
+        found = super().collect(prompts)
+        assert found.old_logprobs.isfinite().all()
+        return found
+
+
 class Shaped(GRPO):
     def shape_rewards(self, rollout):
         return super().shape_rewards(rollout) + 0.1 * rollout.old_logprobs.where(rollout.response_mask, 0.0).sum(1)
@@ -397,6 +409,7 @@ class Shaped(GRPO):
         (GRPO, {"update_epochs": 2}, False),
         (GRPO, {"advantage_estimator": estimator_of_its_own}, False),
         (Shaped, {}, False),
+        (Collecting, {}, False),
     ],
 )
 def test_one_step_finds_the_old_log_probs_that_scoring_them_again_would(algorithm, arguments, found, monkeypatch):

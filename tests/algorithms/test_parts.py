@@ -1,7 +1,10 @@
 """algo.micro_batch_tokens: a micro-batch in parts has the gradient, the metrics and the steps of the whole."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.errors import InputError
@@ -65,6 +68,45 @@ def test_runs_in_parts_end_with_the_weights_of_whole_steps(name, devices, accumu
     (expected,) = run_of_four(make, tmp_path, devices=1, epochs=2)
     found = run_of_four(lambda: make(micro_batch_tokens=BUDGET), tmp_path, devices, accumulate, epochs=2)
     assert_same_run(found, expected, start_of(make()))
+
+
+def test_a_hook_of_ones_own_does_not_keep_old_gradients(tmp_path):
+    class Hooked(RUNS["GRPO batch"][0]):
+        def on_train_batch_start(self, batch, batch_idx):
+            """Lightning's own is empty, and nobody calls it."""
+
+    def make(algorithm, **extra):
+        return on_given_rows(algorithm)(tmp_path, **RUNS["GRPO batch"][1], **extra)
+
+    (expected,) = run_of_four(lambda: make(Hooked), tmp_path, 1, 2, epochs=3)
+    found = run_of_four(lambda: make(Hooked, micro_batch_tokens=BUDGET), tmp_path, 1, 2, epochs=3)
+    assert_same_run(found, expected, start_of(make(Hooked)))
+
+
+def test_sharded_policies_are_refused():
+    module = module_of("GRPO", micro_batch_tokens=BUDGET)
+    module._trainer = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))
+    with pytest.raises(InputError, match=r"algo.micro_batch_tokens: the ranks of a sharded policy"):
+        module.parts.of(module, rows_for("GRPO", module.models.policy))
+
+
+def test_a_failed_part_leaves_nothing_behind():
+    module = module_of("GRPO", micro_batch_tokens=BUDGET)
+    batch, losses = rows_for("GRPO", module.models.policy), []
+
+    def fails_at_the_third(part):
+        losses.append(module._loss(part))
+        if len(losses) == 3:
+            raise RuntimeError("out of memory")
+        return losses[-1]
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module.parts.loss(module, batch, fails_at_the_third)
+    module.pop_metrics()
+    expected = step(module_of("GRPO"), batch)
+    found = step(module, batch)
+    assert_gradients_equal(found[0], expected[0])
+    assert_stats_equal(found[1], expected[1])
 
 
 def test_rows_of_one_prompt_stay_together_and_the_prompt_counts_once():

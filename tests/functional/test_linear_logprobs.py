@@ -89,6 +89,27 @@ def test_a_forbidden_token_adds_nothing_to_the_entropy():
     assert weight.grad[:10].isfinite().all()
 
 
+def test_a_tile_of_forbidden_tokens_alone():
+    hidden, weight, bias, ids = inputs()
+    allowed = torch.tensor([4, 5, 6, 10])
+    bias = bias.detach().index_fill(0, torch.tensor([0, 1, 2, 3, 7, 8, 9]), float("-inf"))
+    ids = allowed[ids % 4]
+    found = linear_logprobs(hidden, weight, ids, bias, entropy=True, tile=(3, 2))
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    torch.testing.assert_close(found, (token_logprobs(logits, ids), token_entropy(logits)))
+    found[0].sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_weights_that_change_before_the_backward_pass_are_told():
+    hidden, weight, _, ids = inputs()
+    logprobs, _ = linear_logprobs(hidden, weight, ids)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprobs.sum().backward()
+
+
 def test_no_tokens():
     hidden, weight, bias, ids = inputs(K=0)
     logprobs, entropy = linear_logprobs(hidden, weight, ids, bias, entropy=True)

@@ -10,8 +10,13 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
 )
 
 from lit_rlhf.models import forward, scoring
@@ -28,11 +33,12 @@ EACH = [Shortcuts(*flags) for flags in product((False, True), repeat=3)][1:]
 PROMPTS = ([5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6])
 
 
-@pytest.fixture(autouse=True, params=[8192, 14])
-def a_forward_pass_costs_nothing(request, monkeypatch):
-    """So that even a handful of tokens are split and shared; with and without a limit of tokens that matters."""
-    monkeypatch.setattr(forward, "_TOKENS_OF_A_PASS", {"cpu": 0})
-    monkeypatch.setattr(forward, "_TOKENS_AT_ONCE", {"cpu": request.param})
+@pytest.fixture(autouse=True, params=[(0, 8192), (0, 14), (5, 8192)], ids=str)
+def a_forward_pass_costs_little(request, monkeypatch):
+    """So that even a handful of tokens are split and shared: all, or where lengths differ much; limited, or not."""
+    cost, most = request.param
+    monkeypatch.setattr(forward, "_TOKENS_OF_A_PASS", {"cpu": cost})
+    monkeypatch.setattr(forward, "_TOKENS_AT_ONCE", {"cpu": most})
 
 
 def group_rows(lengths=(3, 7, 1, 0, 2, 6, 4, 4, 5, 2, 9, 1), samples=3):
@@ -130,7 +136,9 @@ def tokens_read(model, rows, shortcuts):
     return sum(seen)
 
 
-def test_shortcuts_read_fewer_tokens():
+def test_shortcuts_read_fewer_tokens(monkeypatch):
+    monkeypatch.setattr(forward, "_TOKENS_OF_A_PASS", {"cpu": 0})
+    monkeypatch.setattr(forward, "_TOKENS_AT_ONCE", {"cpu": 8192})
     rows, model = group_rows(), tiny_model()
     of_prompts, of_responses = 3 * (3 + 1 + 6 + 2), 3 + 7 + 1 + 0 + 2 + 6 + 4 + 4 + 5 + 2 + 9 + 1
     assert tokens_read(model, rows, NONE) == 12 * (2 + 9)  # the longest row
@@ -168,8 +176,25 @@ def alibi():
     return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
 
 
+def alibi_by_column():
+    return MptForCausalLM(MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64))
+
+
+def local_by_column():
+    kinds = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 5}
+    config = GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_heads=4, max_position_embeddings=64, **kinds)
+    return GPTNeoForCausalLM(config)
+
+
 @pytest.mark.parametrize(
-    ("build", "plain_head", "cache"), [(capped, False, False), (sliding, True, False), (alibi, True, True)]
+    ("build", "plain_head", "cache"),
+    [
+        (capped, False, False),
+        (sliding, True, False),
+        (alibi, True, True),
+        (alibi_by_column, True, True),
+        (local_by_column, True, True),
+    ],
 )
 def test_models_that_not_every_shortcut_is_valid_for(build, plain_head, cache):
     torch.manual_seed(0)
@@ -177,8 +202,8 @@ def test_models_that_not_every_shortcut_is_valid_for(build, plain_head, cache):
     assert (output_layer(model) is not None) == plain_head
     assert continues_from_cache(model.base_model) == cache
     (plain, plain_gradient), (found, gradient) = everything(model, NONE), everything(model, Shortcuts())
-    torch.testing.assert_close(plain.logprobs, alone(model, group_rows(), 0.8), atol=1e-10, rtol=0)
-    torch.testing.assert_close(found.logprobs, plain.logprobs, atol=1e-10, rtol=0)
+    torch.testing.assert_close(plain.logprobs, alone(model, group_rows(), 0.8), atol=1e-7, rtol=0)
+    torch.testing.assert_close(found.logprobs, plain.logprobs, atol=1e-7, rtol=0)
     assert_same_gradient(gradient, plain_gradient)
 
 
@@ -203,6 +228,49 @@ def test_compiled_passes_give_the_same(monkeypatch):
     torch.testing.assert_close(found.logprobs, plain.logprobs, atol=1e-5, rtol=0)
     for name, expected in plain_gradient.items():
         assert (gradient[name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+class Tripled(LlamaForCausalLM):
+    """Changes its logits in place."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits.mul_(3.0)
+        return out
+
+
+def test_logits_that_are_changed_in_place_or_by_a_later_hook_are_those_scored():
+    rows, model = group_rows(), Tripled(tiny_model().config).double()
+    assert output_layer(model) is None
+    torch.testing.assert_close(score(model, rows).logprobs, alone(model, rows, 1.0), atol=1e-10, rtol=0)
+    model = tiny_model().double()
+    score(model, rows)
+    assert output_layer(model) is not None
+    model.register_forward_hook(lambda _, inputs, out: type(out)(logits=out.logits * 3))
+    torch.testing.assert_close(score(model, rows).logprobs, alone(model, rows, 1.0), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_and_prompts_of_no_width(kind):
+    model, rows = tiny_model(kind).double(), group_rows()
+    nothing = score(model, rows[:0], entropy=True)
+    assert nothing.logprobs.shape == nothing.entropy.shape == (0, 9)
+    bare = replace(rows, prompt_ids=rows.prompt_ids[:, :0], prompt_mask=rows.prompt_mask[:, :0])
+    zero = replace(rows, prompt_ids=rows.prompt_ids[:, :1] * 0, prompt_mask=torch.ones(12, 1, dtype=torch.bool))
+    torch.testing.assert_close(score(model, bare).logprobs, alone(model, zero, 1.0), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16])
+@pytest.mark.parametrize("shortcuts", EACH, ids=str)
+def test_under_autocast_the_scores_are_those_of_its_precision(shortcuts, precision):
+    model, rows = tiny_model(), group_rows()
+    exact = score(model, rows, shortcuts=NONE).logprobs
+    with torch.autocast("cpu", dtype=precision):
+        plain = score(model, rows, shortcuts=NONE).logprobs
+        found = score(model, rows, shortcuts=shortcuts).logprobs
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, exact)
+    assert (found - exact).abs().mean() <= 1.5 * (plain - exact).abs().mean()
 
 
 def test_a_head_of_a_policys_own_kind_keeps_its_logits():

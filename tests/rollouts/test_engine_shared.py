@@ -237,11 +237,15 @@ def test_freed_rows_are_refilled(monkeypatch):
     assert max(held) <= 16
 
 
-def test_max_rows_keeps_seldom_checks(monkeypatch):
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_max_rows_keeps_seldom_checks(monkeypatch, share_prompts):
     from lit_rlhf.rollouts.engines import transformers as engine_module
 
     model, sampling = ending(build("GPT2", GPT2), 2.5), SamplingConfig(24, group_size=2, max_rows=6)
     expected, _ = generate(model, SamplingConfig(24, group_size=2))
+    limit = max(map(len, PROMPTS)) + 24  # a step too many would be one position too many
+    model.config.n_positions = limit
+    model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight[:limit].detach())
     for every in (5, 8, 1000):
         monkeypatch.setitem(engine_module._STEPS_BETWEEN_CHECKS, "cpu", every)
-        assert_same(generate(model, sampling)[0], expected)
+        assert_same(generate(model, sampling, share_prompts=share_prompts)[0], expected)

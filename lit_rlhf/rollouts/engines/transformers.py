@@ -139,18 +139,18 @@ class TransformersEngine:
         (N, steps), G = uniform.shape, sampling.group_size
         check_every = _STEPS_BETWEEN_CHECKS.get(uniform.device.type, 8)
         sheet = _Sheet(uniform, sampling, ends)
-        rows, waiting, iteration = sheet.rows(0, 0), 0, 0
+        rows, waiting, iteration, since = sheet.rows(0, 0), 0, 0, 0
         while True:  # each time round is one forward pass: where it is a collective, ranks stay in step
             more = _admissible(N - waiting, len(rows), min(sampling.max_rows or N, N), G, forward.joins)
             if more:
                 prompts = Counter(row // G for row in range(waiting, waiting + more))
                 logits = forward.admit(list(prompts), list(prompts.values()))
                 rows = rows.joined(sheet.draw(sheet.rows(waiting, waiting + more), logits))
-                waiting += more
+                waiting, since = waiting + more, 0
             else:
                 rows = sheet.draw(rows, forward.decode(rows.token))
-            iteration += 1
-            if iteration % check_every and iteration != steps:
+            iteration, since = iteration + 1, since + 1
+            if iteration % check_every and since != steps:  # then the rows that were admitted last have ended
                 continue
             alive = rows.cell < rows.last
             count = int(alive.sum())
