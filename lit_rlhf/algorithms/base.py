@@ -271,10 +271,10 @@ class RLHFModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @property
-    def _fused(self) -> bool:
-        """Whether AdamW's update is one kernel: not where gradients are unscaled first, to be clipped."""
-        scaled = self._trainer is not None and self._trainer.precision == "16-mixed"
-        return self.device.type in ("cpu", "cuda") and not scaled
+    def _fused(self) -> bool | None:
+        """Whether AdamW's update is one kernel: where the devices have it, and Lightning can clip beside it."""
+        mixed = self._trainer is not None and self._trainer.precision.endswith("-mixed")
+        return None if mixed or self.device.type not in ("cpu", "cuda") else True
 
     def _lr_factor(self, step: int) -> float:
         return lr_factor(step, self.lr_schedule, self.warmup_steps, self.total_steps)
