@@ -39,11 +39,11 @@ def is_found_in_update(module: OnPolicyModule) -> bool:
     The KL in the reward does, and what a user has written may, or who calls `collect` by hand.
     """
     kind = type(module)
-    hooks = (kind.collect, kind.score_rollout, kind.experience, kind.shape_rewards, kind.compute_advantages)
+    collecting = (kind.collect, kind.score_rollout, kind.experience, kind.shape_rewards, kind.compute_advantages)
     named = inspect.signature(module._estimate).parameters
     asked = module.prompts is None or module.kl.in_reward or module.kl.target is not None or "old_logprobs" in named
     asked |= any(p.kind is p.VAR_KEYWORD for p in named.values())
-    ours = all(hook.__module__.startswith("lit_rlhf.") for hook in hooks)
+    ours = all(hook.__module__.startswith("lit_rlhf.") for hook in (*collecting, kind.training_step))
     return module.minibatches == 1 and module.update_epochs == 1 and ours and not asked
 
 
