@@ -93,7 +93,7 @@ def updates(work: Workload, switch: Callable[[Any], None] | None, rounds: int) -
         module.training_step(rows).backward()
         seconds.append(time.perf_counter() - started)
     peak = memory("VmHWM") - before
-    found = {n: p.grad for n, p in module.models.policy.named_parameters()}
+    found = {n: p.grad for n, p in module.models.policy.named_parameters() if p.grad is not None}
     loss = torch.tensor([module.pop_metrics()["loss"]])
     return Run(seconds[1:], peak, {"loss": loss, **found})
 
