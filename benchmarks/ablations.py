@@ -84,8 +84,8 @@ def updates(work: Workload, switch: Callable[[Any], None] | None, rounds: int) -
     if switch is not None:
         switch(module)
     rows = side_ours.experience(**sampled_rows(work, work.rows // work.group_size))
-    seconds, before = [], memory("VmRSS")
     forget_peak()
+    seconds, before = [], memory("VmRSS")
     for _ in range(rounds + 1):
         module.zero_grad()
         started = time.perf_counter()
@@ -105,8 +105,8 @@ def rollouts(work: Workload, switch: Callable[[Any], None] | None, rounds: int) 
     if switch is not None:
         switch(engine)
     prompts = torch.randint(3, work.vocabulary, (work.rows // work.group_size, work.prompt_length)).tolist()
-    seconds, before = [], memory("VmRSS")
     forget_peak()
+    seconds, before = [], memory("VmRSS")
     for _ in range(rounds + 1):
         started = time.perf_counter()
         rollout = engine.generate(prompts, SamplingConfig(work.new_tokens, group_size=work.group_size), seed=1)

@@ -5,6 +5,7 @@ The models stay warm between the blocks, the processes never compute at the same
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import time
@@ -53,8 +54,8 @@ class Gate:
             return
         seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
         if not self._wanted:  # before the first step
-            self._before = memory("VmRSS")
             forget_peak()
+            self._before = memory("VmRSS")
         peak = memory("VmHWM") - self._before
         counted = self.sampled, self.trained
         self._connection.send(Block(self._wanted, seconds, self.rollout_seconds, cpu, *counted, peak))
@@ -114,5 +115,6 @@ def memory(name: str) -> int:
 
 
 def forget_peak() -> None:
-    """Begin anew to look for the peak of the resident memory."""
+    """Begin anew to look for the peak of the resident memory, without what is free but still held."""
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
