@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +13,38 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_rlhf.errors import InputError
 
+_LAST = "checkpoints/last.ckpt"  # of a run folder
+_DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")  # the end of a run folder's path that the user did not choose
 _HANDED_OVER = ".temp.ckpt"  # bare weights, in which Lightning's forked or spawned ranks return what they have learnt
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write to a temporary name and rename: a file with a checkpoint's name is a whole checkpoint."""
+    """Write to a temporary name and rename: a file with a checkpoint's name is a whole checkpoint.
+
+    It is on the disk before it has the name, so that a power failure leaves the one before or this one.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save `checkpoint` at `path`."""
+        """Save `checkpoint` at `path`.
+
+        Raises:
+            InputError: it cannot be written, as when the disk is full; what stood at `path` stands there still.
+        """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.part")
-        torch.save(checkpoint, temporary)
-        temporary.replace(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            _sync_folder(target.parent)
+        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of its writer's
+            _remove(temporary)
+            kept = "the one before it is kept; make room and resume from that" if target.exists() else "make room"
+            reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None) or error
+            raise InputError(f"the checkpoint {target} could not be written ({reason}): {kept}") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Load with `weights_only=True`: tensors and plain containers, nothing that runs.
@@ -42,3 +64,46 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"ckpt_path: {path} is not a checkpoint of lit_rlhf; give one of the run folder's checkpoints/"
             )
         return loaded
+
+
+def last_checkpoint(run_folder: str | Path) -> Path | None:
+    """What `ckpt_path=last` means: the folder's own `checkpoints/last.ckpt`, or that of the newest run before it.
+
+    A folder that the user has chosen (`hydra.run.dir=FOLDER`) is looked at alone, so that the same command begins a run
+    and, whenever it is given again, continues it.
+
+    Args:
+        run_folder: of the run that is about to begin.
+
+    Returns:
+        The file; None where a chosen folder has none yet.
+
+    Raises:
+        InputError: there is no run before this one.
+    """
+    folder = Path(run_folder).resolve()
+    own = folder / _LAST
+    if own.exists():
+        return own
+    if not _DATED.fullmatch(f"{folder.parent.name}/{folder.name}"):
+        return None
+    found = list(folder.parents[1].glob(f"*/*/{_LAST}"))
+    if not found:
+        raise InputError(f"ckpt_path=last: there is no run with a {_LAST} in {folder.parents[1]}; leave ckpt_path out")
+    return max(found, key=lambda file: file.stat().st_mtime_ns)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename in `folder` on the disk, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):  # the disk may be gone altogether
+        file.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import netrc
 import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -31,7 +32,9 @@ def _keep(file: Path) -> None:
         file.rename(next(name for name in names if not name.exists()))
 
 
-def wandb_logger(save_dir: str | Path, project: str = "lit_rlhf", **kwargs: Any) -> WandbLogger:
+def wandb_logger(
+    save_dir: str | Path, project: str = "lit_rlhf", continues: str | Path | None = None, **kwargs: Any
+) -> WandbLogger:
     """A W&B logger that needs no account: online where the user is logged in, offline otherwise.
 
     `WANDB_MODE` decides where it is set. The offline run lies in `save_dir`; `wandb sync` uploads it.
@@ -39,15 +42,25 @@ def wandb_logger(save_dir: str | Path, project: str = "lit_rlhf", **kwargs: Any)
     Args:
         save_dir: folder of the run.
         project: W&B project.
+        continues: a checkpoint in another run folder or this one; the W&B run of that folder goes on.
         **kwargs: passed to `lightning.pytorch.loggers.WandbLogger`.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     if "WANDB_MODE" not in os.environ and not _logged_in():
         os.environ["WANDB_MODE"] = "offline"  # before wandb is first imported, which reads it
     Path(save_dir).mkdir(parents=True, exist_ok=True)
+    if continues is not None and (found := _run_id(Path(continues).resolve().parents[1])):
+        kwargs = {"id": found, "resume": "allow", **kwargs}
     logger = WandbLogger(project=project, save_dir=save_dir, **kwargs)
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes it, and wandb warns that it means nothing
     return logger
+
+
+def _run_id(run_folder: Path) -> str | None:
+    """The id of the newest W&B run in the folder, from the name that W&B gives its files."""
+    names = sorted(folder.name.removeprefix("offline-") for folder in run_folder.glob("wandb/*run-*"))
+    found = [match[1] for name in names if (match := re.fullmatch(r"run-\d{8}_\d{6}-(.+)", name))]
+    return found[-1] if found else None
 
 
 def _logged_in() -> bool:

@@ -42,6 +42,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     from lit_rlhf.models.wrapper import tokenizer_for
 
     cli.start(cfg)
+    cfg.ckpt_path = _resolved(cfg.ckpt_path)
     data = instantiate(cfg.data)
     policy = instantiate(cfg.model)
     algorithm = instantiate(cfg.algo, _partial_=True, **_functions(cfg.algo))
@@ -105,6 +106,17 @@ def _run(cfg: DictConfig) -> None:
 def main() -> None:
     """Entry point of `python -m lit_rlhf.train` and of the `lit-rlhf` command."""
     cli.main("train", check_run, _run)
+
+
+def _resolved(ckpt_path: str | None) -> str | None:
+    """The file that `ckpt_path` names; `last` is found, or None where the run has only just begun."""
+    from lit_rlhf.checkpoints import last_checkpoint
+
+    if ckpt_path != "last":
+        return ckpt_path
+    found = last_checkpoint(cli.run_folder())
+    print(f"ckpt_path=last: {found or 'there is none yet, the run begins'}", file=sys.stderr)
+    return str(found) if found else None
 
 
 def _functions(algo: DictConfig) -> dict[str, Any]:

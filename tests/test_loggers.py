@@ -94,3 +94,18 @@ def test_the_metrics_of_a_run_continued_in_its_own_folder_are_kept(tmp_path):
         "metrics.2.csv": "0.5",
         "metrics.csv": "0.75",
     }
+
+
+@pytest.mark.parametrize("name", ["run-20260102_030405-abc12xyz", "offline-run-20260102_030405-abc12xyz"])
+def test_a_run_that_is_continued_keeps_its_wandb_run(machine, tmp_path, name):
+    (tmp_path / "first" / "wandb" / "offline-run-20260101_030405-older").mkdir(parents=True)
+    (tmp_path / "first" / "wandb" / name).mkdir()
+    logger = wandb_logger(tmp_path / "second", continues=tmp_path / "first" / "checkpoints" / "last.ckpt")
+    assert (logger._wandb_init["id"], logger._wandb_init["resume"]) == ("abc12xyz", "allow")
+    chosen = wandb_logger(tmp_path / "third", continues=tmp_path / "first" / "checkpoints" / "last.ckpt", id="mine")
+    assert chosen._wandb_init["id"] == "mine"
+
+
+def test_a_run_that_continues_one_without_wandb_begins_its_own(machine, tmp_path):
+    logger = wandb_logger(tmp_path / "second", continues=tmp_path / "first" / "checkpoints" / "last.ckpt")
+    assert logger._wandb_init["id"] == wandb_logger(tmp_path / "third")._wandb_init["id"]

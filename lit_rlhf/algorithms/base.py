@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lit_rlhf.algorithms.nonfinite import NonFiniteSteps
 from lit_rlhf.algorithms.parts import Parts
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, default_lr, lr_factor
 from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
@@ -51,6 +52,7 @@ class ModuleArgs(TypedDict, total=False):
     betas: tuple[float, float]
     micro_batch_tokens: int | None
     torch_compile: bool
+    max_skipped_steps: int
     validation_samples: int
     seed: int
 
@@ -76,6 +78,8 @@ class RLHFModule(LightningModule):
             gradient is the same; what a step has to remember is bounded. Prompts that rows share count once.
         torch_compile: run the forward and backward passes of training through `torch.compile`. It pays in long runs
             whose rows have no prompts to share.
+        max_skipped_steps: optimiser steps in a row that are left out because their gradient is not finite, before the
+            run ends. The rows of each lie in the run folder's `nonfinite/`.
         validation_samples: completions sampled per held-out prompt in validation.
         seed: decides the order of the data and every sampled token.
     """
@@ -104,6 +108,7 @@ class RLHFModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         micro_batch_tokens: int | None = None,
         torch_compile: bool = False,
+        max_skipped_steps: int = 3,
         validation_samples: int = 1,
         seed: int = 0,
         reference: bool = False,
@@ -129,7 +134,7 @@ class RLHFModule(LightningModule):
         self.value_lr: float | None = None  # of the value function's own parameters; the policy's where None
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.weight_decay, self.betas = weight_decay, (betas[0], betas[1])
-        self.parts = Parts(micro_batch_tokens)
+        self.parts, self.nonfinite = Parts(micro_batch_tokens), NonFiniteSteps(max_skipped_steps)
         self.validation_samples, self.seed = validation_samples, seed
         self.sampling = SamplingConfig(**sampling) if isinstance(sampling, Mapping) else sampling or SamplingConfig()
         if self.sampling.max_staleness and self.completion_columns:
@@ -227,6 +232,7 @@ class RLHFModule(LightningModule):
     def start_step(self, batches: Sequence[Any]) -> None:
         """Called by the loader with all that an optimiser step scores on this rank, part by part, before it begins."""
         self._before_step = self._counted() if self.accumulate > 1 else None  # else no checkpoint falls within a step
+        self.nonfinite.rows = batches
         self.begin_step(batches)
 
     def begin_step(self, batches: Sequence[Any]) -> None:
@@ -291,10 +297,15 @@ class RLHFModule(LightningModule):
         return min(limits) if limits else None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Record the gradient's norm, before clipping."""
+        """Record the gradient's norm, before clipping; take no step where it is not finite."""
         gradients = [p.grad for p in self.models.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.count({"stability/grad_norm": (norm.detach(), None)})
+        skips = self.nonfinite.skips(self, norm)
+        self.count({"stability/skipped_fraction": (float(skips), None)})
+        if skips:
+            optimizer.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
+        else:
+            self.count({"stability/grad_norm": (norm.detach(), None)})
 
     # -- metrics and validation --------------------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ ON_POLICY_STATS: Mapping[str, tuple[str, ...]] = {
     "stability/return": ("mean", "std"),
     **IMPORTANCE_STATS,
     "stability/grad_norm": ("value",),
+    "stability/skipped_fraction": ("value",),
     "reward/reward": ("mean", "std"),
     "reward/shaped_reward": ("mean",),
     "reward/accuracy": ("value",),

@@ -39,6 +39,7 @@ class SFT(RLHFModule):
         "loss/loss": ("value",),
         "loss/sft_loss": ("value",),
         "stability/grad_norm": ("value",),
+        "stability/skipped_fraction": ("value",),
         "rollout/response_length": ("value", "max"),
     }
 

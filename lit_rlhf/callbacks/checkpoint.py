@@ -38,6 +38,15 @@ class RolloutCheckpoint(ModelCheckpoint):
         if self._passes_apart and not hasattr(pl_module, "collect"):
             self._every_n_epochs = 1
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best score so far, also in another run folder, where Lightning would forget it."""
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+    def save_now(self, trainer: Trainer) -> str:
+        """Save `last.ckpt`, wherever in a rollout the run stands; returns its path."""
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        return self.last_model_path
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the run, unless it has just been saved; say so where what to monitor was never logged."""
         super().on_train_end(trainer, pl_module)
@@ -48,4 +57,4 @@ class RolloutCheckpoint(ModelCheckpoint):
                 f"which takes a validation that measures it; validation logged {logged or 'nothing'}"
             )
         if self.save_last and self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self.save_now(trainer)

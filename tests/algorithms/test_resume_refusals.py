@@ -1,18 +1,20 @@
 """What cannot be continued is refused with a sentence; files are whole, hold no code, and survive a SIGKILL."""
 
+import os
+import resource
 import signal
 
 import pytest
 import torch
 
 from lit_rlhf.algorithms.grpo import GRPO
-from lit_rlhf.checkpoints import AtomicCheckpointIO
+from lit_rlhf.checkpoints import AtomicCheckpointIO, last_checkpoint
 from lit_rlhf.errors import InputError
 from lit_rlhf.train import train
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.resuming import SaveAt, assert_same, fit_of, loop_in
 from tests.helpers import build
-from tests.runs import QUIET, config_of, new_process
+from tests.runs import QUIET, config_of, fork, metrics_of, new_process
 
 SIZES = {"group_size": 2, "prompts_per_rollout": 8, "minibatches": 2, "update_epochs": 2, "kl_coef": 0.1}
 SAMPLING = {"sampling": SamplingConfig(max_new_tokens=4)}
@@ -76,19 +78,23 @@ def test_the_module_refuses_what_another_library_saved():
 # files
 
 
-def test_a_broken_save_leaves_the_previous_checkpoint_as_it_was(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_sentence_and_leaves_the_previous_checkpoint_as_it_was(tmp_path):
+    """The system refuses to write beyond so many bytes, as a full disk does."""
     io, file = AtomicCheckpointIO(), tmp_path / "deep" / "last.ckpt"
     io.save_checkpoint({"lit_rlhf": {}, "x": torch.ones(3)}, file)
-
-    def half(checkpoint, path):
-        path.write_bytes(b"half a checkpoint")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="no space left"):
-        io.save_checkpoint({"lit_rlhf": {}, "x": torch.zeros(3)}, file)
-    monkeypatch.undo()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(InputError) as caught:
+            io.save_checkpoint({"lit_rlhf": {}, "x": torch.zeros(100_000)}, file)
+        with pytest.raises(InputError, match=r"other.ckpt could not be written \(.*\): make room$"):
+            io.save_checkpoint({"lit_rlhf": {}, "x": torch.zeros(100_000)}, tmp_path / "other.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    reason = "File too large): the one before it is kept; make room and resume from that"
+    assert str(caught.value) == f"the checkpoint {file} could not be written ({reason}"
     assert_same(io.load_checkpoint(file), {"lit_rlhf": {}, "x": torch.ones(3)})
+    assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == ["last.ckpt"], "nothing half written is left"
 
 
 def test_a_save_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -112,6 +118,47 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypat
     with pytest.raises(InputError, match=r"evil.ckpt is not a readable checkpoint"):
         AtomicCheckpointIO().load_checkpoint("evil.ckpt")
     assert not (tmp_path / "ran").exists()
+
+
+# ckpt_path=last
+
+
+def saved(file, age=0):
+    file.parent.mkdir(parents=True)
+    file.touch()
+    os.utime(file, (1e9 - age, 1e9 - age))
+    return file
+
+
+def test_last_is_the_run_folder_s_own_or_that_of_the_newest_run_before(tmp_path):
+    outputs = tmp_path / "outputs"
+    with pytest.raises(InputError, match=r"ckpt_path=last: there is no run with a checkpoints/last.ckpt in .*outputs"):
+        last_checkpoint(outputs / "2026-01-03" / "10-00-00")
+    newest = saved(outputs / "2026-01-02" / "09-00-00" / "checkpoints" / "last.ckpt", age=1)
+    saved(outputs / "2026-01-02" / "11-00-00" / "checkpoints" / "last.ckpt", age=2)
+    assert last_checkpoint(outputs / "2026-01-03" / "10-00-00") == newest
+    own = saved(outputs / "2026-01-03" / "10-00-00" / "checkpoints" / "last.ckpt", age=9)
+    assert last_checkpoint(outputs / "2026-01-03" / "10-00-00") == own
+
+
+def test_last_in_a_folder_of_the_user_s_choice_is_nobody_else_s(tmp_path):
+    saved(tmp_path / "other" / "checkpoints" / "last.ckpt")
+    assert last_checkpoint(tmp_path / "mine") is None
+    own = saved(tmp_path / "mine" / "checkpoints" / "last.ckpt")
+    assert last_checkpoint(tmp_path / "mine") == own
+
+
+@pytest.mark.slow
+def test_the_same_command_begins_a_run_and_continues_it(tmp_path):
+    arguments = ["algo=grpo", "algo.prompts_per_rollout=4", "algo.group_size=2", "data.held_out=2", *QUIET]
+    arguments += ["ckpt_path=last", f"hydra.run.dir={tmp_path}/run", "preset=null"]
+    first = fork(*arguments, "trainer.max_epochs=1", cwd=tmp_path)
+    assert (first.code, first.err.count("there is none yet, the run begins")) == (0, 1), first.err
+    second = fork(*arguments, "trainer.max_epochs=2", cwd=tmp_path)
+    assert second.code == 0, second.err
+    assert f"ckpt_path=last: {tmp_path}/run/checkpoints/last.ckpt" in second.err
+    assert [row["rollout/iteration"] for row in metrics_of(tmp_path / "run") if "rollout/iteration" in row] == [2]
+    assert loop_in(tmp_path / "run" / "checkpoints" / "last.ckpt")["iteration"] == 2
 
 
 # a process killed by SIGKILL
