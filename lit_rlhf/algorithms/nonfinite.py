@@ -54,7 +54,7 @@ class NonFiniteSteps:
         step = module.trainer.global_step
         if in_a_row >= self.limit:
             raise InputError(
-                f"the gradients of {self.limit} optimiser steps in a row were not finite, the last of them step {step}; "
+                f"the gradients of {self.limit} optimiser steps in a row were not finite, the last step {step}; "
                 f"no weight was changed by them; {found}; {_WHAT_TO_DO}, and resume from the last checkpoint"
             )
         if module.rank == 0:
