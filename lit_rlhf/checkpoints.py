@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.sharded_checkpoints import is_sharded_checkpoint, load_merged, sync_folder, write_durably
 
 _LAST = "checkpoints/last.ckpt"  # of a run folder
 _DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")  # the end of a run folder's path that the user did not choose
@@ -34,12 +34,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary = target.with_name(f".{target.name}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+            write_durably(checkpoint, temporary)
             temporary.replace(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of its writer's
             _remove(temporary)
             kept = "the one before it is kept; make room and resume from that" if target.exists() else "make room"
@@ -47,11 +44,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise InputError(f"the checkpoint {target} could not be written ({reason}): {kept}") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load with `weights_only=True`: tensors and plain containers, nothing that runs.
+        """Load with `weights_only=True`: tensors and plain containers, nothing that runs; shards are put together.
 
         Raises:
             InputError: there is no such file, or it is no whole checkpoint.
         """
+        if is_sharded_checkpoint(path):
+            return load_merged(Path(path))
         if not Path(path).is_file():
             raise InputError(f"ckpt_path: there is no file {path}")
         try:
@@ -91,17 +90,6 @@ def last_checkpoint(run_folder: str | Path) -> Path | None:
     if not found:
         raise InputError(f"ckpt_path=last: there is no run with a {_LAST} in {folder.parents[1]}; leave ckpt_path out")
     return max(found, key=lambda file: file.stat().st_mtime_ns)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have a rename in `folder` on the disk, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(file: Path) -> None:

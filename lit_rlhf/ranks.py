@@ -19,6 +19,14 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
+def most_over_ranks(count: int, device: torch.device | str) -> int:
+    """The largest of every rank's counts. Every rank has to call it."""
+    most = torch.tensor(count, device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
 def gather_objects(own: Any) -> list[Any]:
     """Every rank's object, by rank. Every rank has to call it."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -8,8 +8,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from lit_rlhf.strategies import FSDP2Strategy
 from lit_rlhf.types import CompletionBatch, Experience, PromptBatch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # data and models that may lie beside the checkout
@@ -181,9 +183,32 @@ def pretend_trainer(module, accumulate=1, world_size=1, rank=0):
     return module
 
 
-def trainer(devices=1, accumulate=1, epochs=1, **extra):
-    """A quiet trainer on the CPU; two devices are two forked processes that give up after a minute."""
-    strategy = DDPStrategy(start_method="fork", timeout=timedelta(seconds=60)) if devices > 1 else "auto"
+class _ForkLauncher(_MultiProcessingLauncher):
+    """Without the weights for the parent process: it could not load shards."""
+
+    def _collect_rank_zero_results(self, trainer, results):
+        if self._strategy.local_rank == 0:
+            return _WorkerOutput(None, None, trainer.state, results, self.get_extra_results(trainer))
+        return None
+
+
+class ForkedFSDP2(FSDP2Strategy):
+    """FSDP2 on forked processes."""
+
+    def _configure_launcher(self):
+        self._launcher = _ForkLauncher(self, start_method="fork")
+
+
+def forked_ddp(timeout):
+    return DDPStrategy(start_method="fork", timeout=timedelta(seconds=timeout))
+
+
+FORKED = {"ddp": forked_ddp, "fsdp2": ForkedFSDP2}
+
+
+def trainer(devices=1, accumulate=1, epochs=1, strategy="ddp", seconds=60, **extra):
+    """A quiet trainer on the CPU; two devices are two forked processes, which wait a minute for each other."""
+    strategy = FORKED[strategy](timeout=seconds) if devices > 1 else "auto"
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "limit_val_batches": 0}
     arguments = {**quiet, "max_epochs": epochs, "accumulate_grad_batches": accumulate, **extra}

@@ -366,7 +366,7 @@ def test_values_arrive_as_they_were_given():
         ("data=", "unknown choice data=; known: arithmetic, file, reasoning_gym"),
         ("data=null", "unknown choice data=null; known: arithmetic, file, reasoning_gym"),
         ("algo=null", "unknown choice algo=null; known: " + ", ".join(ALGORITHMS)),
-        ("trainer=null", "unknown choice trainer=null; known: default"),
+        ("trainer=null", "unknown choice trainer=null; known: cpu, ddp, deepspeed, default, fsdp2, gpu"),
         ("trainr.max_epochs=3", "unknown key 'trainr.max_epochs'; did you mean 'trainer'?"),
         ("+trainr.max_epochs=3", "unknown key '+trainr.max_epochs'; did you mean 'trainer'?"),
         ("sed=3", "unknown key 'sed'; did you mean 'seed'?"),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from lit_rlhf.algorithms.nonfinite import NonFiniteSteps
@@ -22,15 +23,17 @@ from lit_rlhf.metrics import Cells, MaskedStats
 from lit_rlhf.models.adapters import is_adapted, lora_settings, merged
 from lit_rlhf.models.forward import Shortcuts
 from lit_rlhf.models.loading import check_generates, end_tokens, max_positions
+from lit_rlhf.models.parallel import whole
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.ranks import gather_objects
 from lit_rlhf.rewards import DataRewards, Judges, RewardFunctions, reward_functions
 from lit_rlhf.rollouts.engines import RolloutEngine
 from lit_rlhf.rollouts.loader import PromptLoader, step_counts
-from lit_rlhf.rollouts.sampler import TRAINING, default_engine, sample_and_score
+from lit_rlhf.rollouts.sampler import TRAINING, default_engine, prompt_seeds, scored
 from lit_rlhf.rollouts.state import LoopState, check_resumable, check_same_model, rewind_to_step
+from lit_rlhf.strategies import FSDP2Strategy
 from lit_rlhf.text import Text
-from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Row, SamplingConfig, ScoredRollout
+from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Rollout, Row, SamplingConfig, ScoredRollout
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 RewardFunction = Callable[..., Any]
@@ -174,9 +177,15 @@ class RLHFModule(LightningModule):
             prompts: B prompts; their stream positions become the group ids and seed their random numbers.
             sampling: by default the module's own; N = B * `sampling.group_size` rows come back.
         """
-        self.engine.update_weights(self.models.policy, self.loop.iteration)
         sampling = sampling or self.sampling
-        return sample_and_score(self.engine, self.tokenizer, self.rewards, prompts, sampling, self.seed, TRAINING)
+        rollout = self.generate(prompts, sampling, TRAINING)
+        return scored(self.tokenizer, self.rewards, prompts, rollout, sampling.group_size)
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig, stage: int) -> Rollout:
+        """Sample with the current weights, all of which every rank has for the while."""
+        with self.models.gathered():
+            self.engine.update_weights(self.models.policy, self.loop.iteration)
+            return self.engine.generate(prompts.prompt_ids, sampling, prompt_seeds(prompts, self.seed, stage))
 
     def accuracy(self, rollout: ScoredRollout) -> Tensor | None:
         """`[N]`, 1 for a right completion and 0 for a wrong one; None if no reward function is a verifier."""
@@ -253,6 +262,21 @@ class RLHFModule(LightningModule):
 
     # -- optimisation ----------------------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Shard the models where the strategy is FSDP2; Lightning calls this before it asks for the optimiser.
+
+        Raises:
+            InputError: a strategy that would shard them in another way.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            self.models.shard(strategy.device_mesh)
+        elif isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise InputError(
+                f"trainer.strategy: {type(strategy).__name__} does not know these models; write trainer=fsdp2 (in "
+                "Python strategy=lit_rlhf.strategies.FSDP2Strategy())"
+            )
+
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Lightning calls this between forward and backward, when the first parts have left their gradient."""
         if self.parts.tokens is None:
@@ -299,7 +323,7 @@ class RLHFModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the gradient's norm, before clipping; take no step where it is not finite."""
         gradients = [p.grad for p in self.models.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         skips = self.nonfinite.skips(self, norm)
         self.count({"stability/skipped_fraction": (float(skips), None)})
         if skips:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.errors import InputError, check_number
+from lit_rlhf.models.parallel import local
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.base import RLHFModule
@@ -65,7 +66,8 @@ class NonFiniteSteps:
         """Write this rank's rows of the step, tensors and plain containers; returns what they are like and where."""
         step, iteration = module.trainer.global_step, module.loop.iteration
         suspicious = {name for rows in self.rows for name, bad in _suspicious(rows).items() if bool(bad.any())}
-        weights = [n for n, p in module.models.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        gradients = {n: local(p.grad) for n, p in module.models.named_parameters() if p.grad is not None}
+        weights = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         said = f"not finite in them: {', '.join(sorted(suspicious))}" if suspicious else "their numbers are finite"
         if len(list(folder.glob(f"*_rank_{module.rank}.pt"))) < _MOST_DUMPS:
             folder.mkdir(parents=True, exist_ok=True)

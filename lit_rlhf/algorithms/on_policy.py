@@ -44,6 +44,7 @@ from lit_rlhf.algorithms.reward_scaling import RewardArgs, RewardScaling
 from lit_rlhf.algorithms.target_kl import TargetKL
 from lit_rlhf.errors import check_choice
 from lit_rlhf.functional.shaping import add_scores
+from lit_rlhf.models.parallel import local
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.models.wrapper import ValueKind
 from lit_rlhf.ranks import whiten_over_ranks
@@ -318,7 +319,7 @@ class OnPolicyModule(RLHFModule):
         self.clock["update"] -= time.perf_counter()
         rows = batch if isinstance(batch, Experience) else self.experience_from(batch)
         if "stopped" in self.loop.numbers:
-            return torch.stack([p.sum() for p in self.models.parameters() if p.requires_grad]).sum() * 0.0
+            return torch.stack([local(p).sum() for p in self.models.parameters() if p.requires_grad]).sum() * 0.0
         return self.parts.loss(self, rows, self._loss)
 
     def _loss(self, rows: Experience) -> Tensor:

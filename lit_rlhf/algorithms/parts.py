@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.models.forward import token_parts
+from lit_rlhf.models.parallel import is_sharded
+from lit_rlhf.ranks import most_over_ranks
 from lit_rlhf.rollouts.loader import step_counts
 
 if TYPE_CHECKING:
@@ -37,20 +38,22 @@ class Parts:
         """The micro-batch in parts, each with the optimiser step's counts; or as it is.
 
         Raises:
-            InputError: the policy is sharded.
+            InputError: with DeepSpeed.
         """
         if self.tokens is None:
             return [batch]
-        strategy = getattr(module._trainer, "strategy", None)
-        if isinstance(module.models.policy, FSDPModule) or isinstance(strategy, DeepSpeedStrategy):
+        if isinstance(getattr(module._trainer, "strategy", None), DeepSpeedStrategy):
             raise InputError(
-                "algo.micro_batch_tokens: the ranks of a sharded policy have to run as many passes, and parts depend "
-                "on each one's rows; leave it out and raise trainer.accumulate_grad_batches"
+                "algo.micro_batch_tokens: DeepSpeed counts the backward passes of a step; leave it out and raise "
+                "trainer.accumulate_grad_batches"
             )
         if batch.step_tokens is None or batch.step_rows is None:
             tokens, rows = (n * module.accumulate for n in step_counts([batch.response_mask], module.device))
             batch = replace(batch, step_tokens=tokens, step_rows=rows)
-        return [batch[part] for part in token_parts(batch, self.tokens, module.models.shares_prompts)]
+        parts = [batch[part] for part in token_parts(batch, self.tokens, module.models.shares_prompts)]
+        if is_sharded(module.models):  # its backward pass is a collective
+            parts += [batch[:0]] * (most_over_ranks(len(parts), module.device) - len(parts))
+        return parts
 
     def loss(self, module: RLHFModule, batch: Any, loss_of: Callable[[Any], Tensor]) -> Tensor:
         """The loss of the last part; those before it have been through the backward pass by then."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_rlhf.functional import kl_estimate
 from lit_rlhf.metrics import Cells
 from lit_rlhf.rollouts.measures import measures
-from lit_rlhf.rollouts.sampler import VALIDATION, decode, sample_and_score
+from lit_rlhf.rollouts.sampler import VALIDATION, decode, scored
 from lit_rlhf.types import PromptBatch, SamplingConfig, ScoredRollout
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ def _judged(
     module: RLHFModule, prompts: PromptBatch, sampling: SamplingConfig, how: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
     G = sampling.group_size
-    module.engine.update_weights(module.models.policy, module.loop.iteration)
-    rollout = sample_and_score(
-        module.engine, module.tokenizer, module.judges, prompts, sampling, module.seed, VALIDATION
-    )
+    rollout = scored(module.tokenizer, module.judges, prompts, module.generate(prompts, sampling, VALIDATION), G)
     completions = decode(module.tokenizer, rollout)
     found = measures(rollout, module.judges, completions, G, [G] if G > 1 and how == "sampled" else [])
     if "accuracy" in found:

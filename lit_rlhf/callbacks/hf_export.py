@@ -46,13 +46,14 @@ class HFExport(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Save, on the first rank."""
-        if not trainer.is_global_zero:
-            return
-        if self.merge:
-            export(pl_module, self.folder)
-        if is_adapted(pl_module.models.policy) and pl_module.exports_adapter:
-            _write(self.folder.parent / "adapter", pl_module, lambda at: save_adapter(pl_module.models.policy, at))
+        """Save, on the first rank, for which the others gather what they hold of a sharded model."""
+        with pl_module.models.gathered("cpu", keep=trainer.is_global_zero):
+            if not trainer.is_global_zero:
+                return
+            if self.merge:
+                export(pl_module, self.folder)
+            if is_adapted(pl_module.models.policy) and pl_module.exports_adapter:
+                _write(self.folder.parent / "adapter", pl_module, lambda at: save_adapter(pl_module.models.policy, at))
 
 
 def export(module: Any, folder: str | Path) -> None:

@@ -21,6 +21,7 @@ from lit_rlhf.data.collate import EncodedPair, encode_pair, stack_pairs
 from lit_rlhf.data.encoding import TextKey, text_key
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.adapters import base_weights, check_reference, without_adapters
+from lit_rlhf.models.parallel import whole
 from lit_rlhf.types import PreferenceBatch, Row
 
 if TYPE_CHECKING:
@@ -100,11 +101,14 @@ class ReferenceCache:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of all weights and their names, whatever device they are on; adapters are no part of a reference."""
+    """A digest of all weights and their names, whatever device they are on; adapters are no part of a reference.
+
+    Of a sharded model every rank has to ask.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(base_weights(model).items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(whole(weight.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 
 from lit_rlhf.models.output_layer import continues_from_cache
+from lit_rlhf.models.parallel import is_sharded
+from lit_rlhf.ranks import most_over_ranks
 from lit_rlhf.types import CompletionBatch, PreferenceBatch, Rollout
 
 Completions = Rollout | CompletionBatch
@@ -67,16 +68,21 @@ def forward_parts(
         shortcuts: which to take.
         with_hidden: of a language model the last hidden states, too.
     """
+    sharded, device = is_sharded(model), rows.response_ids.device
     if not len(rows):
+        if sharded:
+            yield from _beside_other_ranks(model, 0, device, with_hidden)
         return
-    read, device = _Rows.of(rows), rows.response_ids.device
+    read = _Rows.of(rows)
     cost, most = _TOKENS_OF_A_PASS.get(device.type, 2048), _TOKENS_AT_ONCE.get(device.type, 65536)
-    whole = isinstance(model, FSDPModule) or not shortcuts.sort_by_length  # the ranks of a sharded model run as one
-    limits = None if whole else (cost, most)
+    limits = (cost, most) if shortcuts.sort_by_length else None
     share = shortcuts.share_prompts and not shortcuts.torch_compile and continues_from_cache(model)
     shared = read.distinct_prompts() if share else None
     if shared is None or int(read.prompt_lengths.sum() - shared[0].prompt_lengths.sum()) <= cost:
-        for some in by_length((read.prompt_lengths + read.response_lengths).cpu(), limits):
+        passes = by_length((read.prompt_lengths + read.response_lengths).cpu(), limits)
+        if sharded:
+            yield from _beside_other_ranks(model, len(passes), device, with_hidden)
+        for some in passes:
             yield _in_one(model, read, some.to(device), shortcuts.torch_compile, with_hidden)
         return
     prompts, of_row = shared
@@ -181,6 +187,16 @@ def _in_one(model: Any, read: _Rows, rows: Tensor, compiled: bool, with_hidden: 
         return Part(rows[row], step, hidden[row, cell], rows, last)
     logits = found.logits if "logits_to_keep" in named else found.logits[row, cell]
     return Part(rows[row], step, logits, rows, None, found.hidden_states[-1][row, cell] if with_hidden else None)
+
+
+def _beside_other_ranks(model: Any, passes: int, device: torch.device, with_hidden: bool) -> Iterator[Part]:
+    """Passes of nothing, so that this rank runs a sharded model as often as any other does."""
+    one = torch.ones(1, dtype=torch.long, device=device)
+    token, none = one.unsqueeze(1) * 0, one * 0
+    read = _Rows(token, one, token, none, token.bool())
+    for _ in range(most_over_ranks(passes, device) - passes):
+        part = _in_one(model, read, none, compiled=False, with_hidden=with_hidden)
+        yield replace(part, rows=none[:0], last=None if part.last is None else part.last[:0])
 
 
 @functools.cache

@@ -8,9 +8,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from lit_rlhf.models.parallel import is_sharded
 
 _found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -19,9 +20,9 @@ def output_layer(model: nn.Module) -> nn.Linear | None:
     """The linear layer whose outputs on `model.base_model`'s last hidden states are the model's logits, if there is.
 
     There is none in models that scale or cap their logits, that carry hooks, or adapters on the output layer, or that
-    are sharded or compiled as a whole. The model is run once, on a few tokens, to see.
+    are compiled as a whole. The model is run once, on a few tokens, to see.
     """
-    if not isinstance(model, PreTrainedModel) or isinstance(model, FSDPModule):
+    if not isinstance(model, PreTrainedModel):
         return None
     head = model.get_output_embeddings()
     hooks = (m._forward_hooks or m._forward_pre_hooks for m in (model, head))
@@ -53,8 +54,11 @@ def _is_all(model: Any, head: nn.Linear) -> bool:
 
 
 def continues_from_cache(trunk: nn.Module) -> bool:
-    """Whether several tokens can be read, with gradient, behind a prompt whose keys and values are all that it left."""
-    if not isinstance(trunk, PreTrainedModel) or isinstance(trunk, FSDPModule) or trunk.base_model is not trunk:
+    """Whether several tokens can be read, with gradient, behind a prompt whose keys and values are all that it left.
+
+    Not behind a sharded trunk's: passes would be of two kinds, and each rank's prompts decide how many there are.
+    """
+    if not isinstance(trunk, PreTrainedModel) or trunk.base_model is not trunk or is_sharded(trunk):
         return False
     if trunk.training and any(getattr(m, "gradient_checkpointing", False) for m in trunk.modules()):
         return False  # Transformers keeps no cache then

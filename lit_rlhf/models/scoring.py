@@ -6,8 +6,8 @@ logits that are computed at all are decided here and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ from lit_rlhf.models.forward import Completions, Shortcuts, forward_parts
 from lit_rlhf.models.output_layer import continues_from_cache, output_layer
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):  # whose tensors a sharded model's hooks find
     """What a forward pass says about the completions; zero where `response_mask` is false."""
 
     logprobs: Tensor  # [N, T] float32, log pi(o_t | prompt, o_<t) at the sampling temperature
@@ -30,8 +29,7 @@ class Scores:
     values: Tensor | None = None  # [N, T] V before emitting token t
 
 
-@dataclass(frozen=True)
-class Values:
+class Values(NamedTuple):
     """What a scalar head says about the completions."""
 
     values: Tensor  # [N, T] before emitting token t; zero where `response_mask` is false

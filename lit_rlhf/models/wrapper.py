@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
@@ -16,7 +18,8 @@ from lit_rlhf.models.adapters import check_reference, is_adapted, shared_weights
 from lit_rlhf.models.forward import Shortcuts
 from lit_rlhf.models.heads import ScalarHead
 from lit_rlhf.models.loading import disable_dropout, load_causal_lm, load_tokenizer, prepare_tokenizer, vocabulary_size
-from lit_rlhf.models.output_layer import continues_from_cache
+from lit_rlhf.models.output_layer import continues_from_cache, output_layer
+from lit_rlhf.models.parallel import Blank, shard
 from lit_rlhf.models.scoring import Scores, Values, score, score_values
 from lit_rlhf.types import CompletionBatch, Rollout
 
@@ -58,7 +61,8 @@ class PolicyReferenceValue(nn.Module):
         if reference and not is_adapted(self.policy):
             self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
         self.value_trunk: Any = _trunk_of(self.policy) if value == "separate" else None
-        self.value_head = None if value == "none" else ScalarHead(self.policy, value_std)
+        self.value_head: ScalarHead | None = None if value == "none" else ScalarHead(self.policy, value_std)
+        self._blanks: dict[str, Blank] = {}  # of a sharded run: what `gathered` fills
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode of everything but the reference."""
@@ -66,6 +70,35 @@ class PolicyReferenceValue(nn.Module):
         if self.reference is not None:
             self.reference.eval()
         return self
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Hold every weight in shards from now on, one on each rank of the mesh; see `models.parallel`. Once."""
+        if self._blanks:
+            return
+        for model in (self.policy, self.reference):
+            if model is not None:
+                output_layer(model)  # it looks with a pass of its own
+        parts = {"policy": self.policy, "value_head": self.value_head}
+        self._blanks = {name: Blank(part) for name, part in parts.items() if part is not None}
+        shard(self, mesh)
+
+    @contextmanager
+    def gathered(self, device: str | None = None, keep: bool = True) -> Iterator[None]:
+        """Inside, `policy` and `value_head` of a sharded run are plain modules with all of their weights.
+
+        For sampling and export; training and scoring go on outside. Every rank has to enter.
+
+        Args:
+            device: where to hold the weights; by default where the shards are.
+            keep: whether this rank needs them, too.
+        """
+        sharded = {name: getattr(self, name) for name in self._blanks}
+        with ExitStack() as stack:
+            for name, blank in self._blanks.items():
+                plain = stack.enter_context(blank.filled(sharded[name], device, keep))
+                stack.callback(setattr, self, name, sharded[name])
+                setattr(self, name, plain)
+            yield
 
     @property
     def shares_prompts(self) -> bool:
@@ -112,7 +145,7 @@ class PolicyReferenceValue(nn.Module):
             shortcuts=self.shortcuts,
         )
         if values and head is None:
-            scores = replace(scores, values=self.score_values(rows).values)
+            scores = scores._replace(values=self._values(rows).values)
         return scores
 
     @torch.no_grad()
@@ -124,6 +157,9 @@ class PolicyReferenceValue(nn.Module):
 
     def score_values(self, rows: Rollout | CompletionBatch) -> Values:
         """The value function before each token `[N, T]` and after the last one `[N]`, with gradient."""
+        return self._values(rows)
+
+    def _values(self, rows: Rollout | CompletionBatch) -> Values:
         if self.value_head is None:
             raise RuntimeError("there is no value function; build PolicyReferenceValue(..., value='shared')")
         trunk = self.policy.base_model if self.value_trunk is None else self.value_trunk

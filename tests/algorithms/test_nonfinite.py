@@ -85,9 +85,7 @@ def test_all_ranks_leave_out_what_is_broken_on_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch, devices):
-    with pytest.raises(
-        Exception, match="the gradients of 3 optimiser steps in a row were not finite, the last step 3"
-    ):
+    with pytest.raises(Exception, match="the gradients of 3 optimiser steps in a row were not finite, the last step 3"):
         fit(tmp_path, monkeypatch, broken(GRPO, {1, 2, 3, 4, 5}, rank=devices - 1), devices=devices)
     assert len(list((tmp_path / "nonfinite").iterdir())) == 3 * devices
 

@@ -83,10 +83,10 @@ def test_a_hook_of_ones_own_does_not_keep_old_gradients(tmp_path):
     assert_same_run(found, expected, start_of(make(Hooked)))
 
 
-def test_sharded_policies_are_refused():
+def test_deepspeed_is_refused():
     module = module_of("GRPO", micro_batch_tokens=BUDGET)
     module._trainer = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))
-    with pytest.raises(InputError, match=r"algo.micro_batch_tokens: the ranks of a sharded policy"):
+    with pytest.raises(InputError, match=r"algo.micro_batch_tokens: DeepSpeed counts"):
         module.parts.of(module, rows_for("GRPO", module.models.policy))
 
 

@@ -16,7 +16,7 @@ from lit_rlhf.models.adapters import LoRA, add_lora
 from lit_rlhf.models.loading import ASSETS, load_causal_lm
 from lit_rlhf.types import SamplingConfig
 from tests.adapted import learn
-from tests.helpers import EOS, KINDS, PAD, tiny_model, trainer
+from tests.helpers import EOS, KINDS, PAD, build, tiny_model, trainer
 
 SHORT = SamplingConfig(max_new_tokens=8)
 
@@ -71,7 +71,7 @@ def test_only_the_first_rank_writes(tmp_path):
     class Rank:
         is_global_zero = False
 
-    HFExport(tmp_path / "model").on_fit_end(Rank(), None)
+    HFExport(tmp_path / "model").on_fit_end(Rank(), build(SFT))
     assert not (tmp_path / "model").exists()
 
 
