@@ -23,7 +23,13 @@ from lightning.pytorch import Callback
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 100
-SMALL = ("algo.prompts_per_rollout=4", "algo.group_size=4", "rollout.max_new_tokens=8", "data.held_out=8")
+SMALL = (
+    "algo.prompts_per_rollout=4",
+    "algo.group_size=4",
+    "rollout.max_new_tokens=8",
+    "data.held_out=8",
+    "algo.lr=2e-5",
+)
 
 
 class Watch(Callback):
