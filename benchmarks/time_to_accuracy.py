@@ -138,11 +138,11 @@ def train_trl(rate: float, seed: int, file: str, budget: float) -> None:
 def sampled_accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]], seed: int) -> float:
     """Share of right completions, as our validation measures it."""
     from lit_rlhf.rewards import exact_match
-    from lit_rlhf.rollouts.sampler import decode, default_engine
+    from lit_rlhf.rollouts.sampler import decode, engine_for
     from lit_rlhf.text import encode_prompts
     from lit_rlhf.types import SamplingConfig
 
-    engine = default_engine(model, tokenizer, ())
+    engine = engine_for(model, tokenizer, ())
     engine.update_weights(model, 0)
     prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
     rollout = engine.generate(prompts, SamplingConfig(NEW_TOKENS, group_size=VALIDATION_SAMPLES), seed)

@@ -19,13 +19,7 @@ from lit_rlhf.models.scoring import score
 from lit_rlhf.rewards import Judges, RewardFunctions
 from lit_rlhf.rollouts.loader import prompt_batch
 from lit_rlhf.rollouts.measures import measures
-from lit_rlhf.rollouts.sampler import (
-    VALIDATION,
-    decode,
-    default_engine,
-    sample_and_score,
-    score_texts,
-)
+from lit_rlhf.rollouts.sampler import VALIDATION, decode, engine_for, sample_and_score, score_texts
 from lit_rlhf.types import PromptBatch, Row, SamplingConfig, ScoredRollout
 
 Judge: TypeAlias = RewardFunctions | None
@@ -92,7 +86,7 @@ class Candidate:
         self.policy, self.tokenizer, self.judges = policy.eval(), tokenizer, judges
         self.sampling, self.seed, self.stage = sampling, seed, stage
         self.encoder = Encoder(tokenizer, end_tokens(policy, tokenizer))
-        self.engine = default_engine(policy, tokenizer, sampling.stop)
+        self.engine = engine_for(policy, tokenizer, sampling.stop)
         self.engine.update_weights(policy, 0)
 
     @property

@@ -27,6 +27,11 @@ def most_over_ranks(count: int, device: torch.device | str) -> int:
     return int(most)
 
 
+def is_first() -> bool:
+    """Whether this process is the first of the ranks, or the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def gather_objects(own: Any) -> list[Any]:
     """Every rank's object, by rank. Every rank has to call it."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -22,14 +22,18 @@ _ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
     "algo.reward_funcs": "reward.funcs=[...]",
     "algo.reward_weights": "reward.weights=[...]",
     "algo.sampling": "rollout.max_new_tokens=... and the like",
+    "algo.engine": "engine=...",
     "algo.seed": "seed=...",
     "trainer.callbacks": "callbacks.NAME._target_=...",
     "trainer.logger": "logger.NAME._target_=...",
     "rollout.group_size": "algo.group_size=...",
+    "engine.eos_token_ids": "rollout.stop=[...]",
+    "engine.stop_token_ids": "rollout.stop=[...]",
+    "engine.pad_token_id": "tokenizer=...",
 }
 _TOP_LEVEL_KINDS = {"validate_first": (bool,), "ckpt_path": (str, type(None))}
-_NEEDED = ("algo", "data", "model", "reward", "rollout", "trainer")  # groups that every run instantiates
-_GIVEN = ("policy", "tokenizer", "reward_funcs", "sampling", "seed")  # what `train` hands to the algorithm
+_NEEDED = ("algo", "data", "engine", "model", "reward", "rollout", "trainer")  # groups that every run instantiates
+_GIVEN = ("policy", "tokenizer", "reward_funcs", "sampling", "engine", "seed")  # what `train` hands to the algorithm
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
@@ -40,6 +44,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     """
     from lit_rlhf.algorithms.base import RLHFModule
     from lit_rlhf.models.wrapper import tokenizer_for
+    from lit_rlhf.rollouts.engines import close_engine
 
     cli.start(cfg)
     cfg.ckpt_path = _resolved(cfg.ckpt_path)
@@ -53,6 +58,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         tokenizer=tokenizer_for(policy, cli.build_tokenizer(cfg.tokenizer)),
         reward_funcs=instantiate(cfg.reward),
         sampling=instantiate(cfg.rollout),
+        engine=instantiate(cfg.engine, _partial_=True),
         seed=cfg.seed,
     )
     trainer = instantiate(
@@ -62,11 +68,14 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    if cfg.validate_first and not cfg.ckpt_path:
-        trainer.validate(module, datamodule=data, verbose=False)
-    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
-    if module.validated_at != trainer.global_step:
-        trainer.validate(module, datamodule=data, verbose=False)
+    try:
+        if cfg.validate_first and not cfg.ckpt_path:
+            trainer.validate(module, datamodule=data, verbose=False)
+        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
+        if module.validated_at != trainer.global_step:
+            trainer.validate(module, datamodule=data, verbose=False)
+    finally:
+        close_engine(module.engine)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return metrics, {"data": data, "module": module, "trainer": trainer}
 

@@ -491,7 +491,7 @@ def test_what_hydra_lets_pass_is_refused(overrides, sentence):
         (
             "algo._target_=torch.optim.AdamW",
             "algo._target_=torch.optim.AdamW is no algorithm: it does not take "
-            "policy, tokenizer, reward_funcs, sampling, seed",
+            "policy, tokenizer, reward_funcs, sampling, engine, seed",
         ),
     ],
 )

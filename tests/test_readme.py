@@ -11,9 +11,16 @@ from lit_rlhf import DAPO, DPO, GRPO, SFT, ConservativePPO, ReMax, RewardModelin
 from lit_rlhf.data import ArithmeticData, RowsDataModule
 from lit_rlhf.data.tasks import arithmetic_splits
 from lit_rlhf.rewards import exact_match
+from lit_rlhf.rollouts.engines import TransformersEngine
 from lit_rlhf.types import SamplingConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+class OtherArithmetic(TransformersEngine):
+    """As vLLM is: not exactly the policy."""
+
+    exact_logprobs = False
 
 
 class Names(DummyLogger):
@@ -66,9 +73,10 @@ def test_the_metrics_table_is_what_runs_log():
     sampling = SamplingConfig(max_new_tokens=8)
     sampled = {"validation_samples": 4, "sampling": sampling}
     small = {"prompts_per_rollout": 4, "group_size": 2, "kl_coef": 0.1, "entropy_coef": 0.01, "sampling": sampling}
+    others = GRPO(**small, engine=OtherArithmetic)
     stale = {"importance_correction": "token", "target_kl": 1.0}
     found = logged(DAPO(**small, **stale)) | logged(GRPO(**small)) | logged(SFT(batch_size=4, **sampled))
-    found |= logged(ConservativePPO(**small)) | logged(ReMax(**small))
+    found |= logged(ConservativePPO(**small)) | logged(ReMax(**small)) | logged(others)
     found |= logged(GRPO(**{**small, "sampling": SamplingConfig(max_new_tokens=8, max_staleness=1)}))
     curriculum = {"curriculum": "success_rate", "curriculum_level": "difficulty", "reward_funcs": [exact_match]}
     found |= logged(GRPO(**small, **curriculum), train_rows=arithmetic_splits([2], train_size=8)[0])

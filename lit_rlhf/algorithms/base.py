@@ -27,9 +27,9 @@ from lit_rlhf.models.parallel import whole
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.ranks import gather_objects
 from lit_rlhf.rewards import DataRewards, Judges, RewardFunctions, reward_functions
-from lit_rlhf.rollouts.engines import RolloutEngine
+from lit_rlhf.rollouts.engines import EngineFactory, RolloutEngine, TransformersEngine
 from lit_rlhf.rollouts.loader import PromptLoader, step_counts
-from lit_rlhf.rollouts.sampler import TRAINING, default_engine, prompt_seeds, scored
+from lit_rlhf.rollouts.sampler import TRAINING, engine_for, prompt_seeds, scored
 from lit_rlhf.rollouts.state import LoopState, check_resumable, check_same_model, rewind_to_step
 from lit_rlhf.strategies import FSDP2Strategy
 from lit_rlhf.text import Text
@@ -48,7 +48,7 @@ class ModuleArgs(TypedDict, total=False):
     reward_funcs: RewardFunctions | DataRewards | Sequence[RewardFunction | str] | None
     reward_weights: Sequence[float] | None
     sampling: SamplingConfig | Mapping[str, Any] | None
-    engine: RolloutEngine | None
+    engine: RolloutEngine | EngineFactory
     lr_schedule: Schedule
     warmup_steps: int
     weight_decay: float
@@ -70,7 +70,8 @@ class RLHFModule(LightningModule):
         reward_funcs: functions in TRL's signature, or their import paths. Without any, the data module's own.
         reward_weights: one weight per function; 1 each by default.
         sampling: how completions are sampled, in training and in validation; a mapping of its arguments will do.
-        engine: what samples; by default the policy itself, in process.
+        engine: what samples, or what makes it: `VLLMEngine`, `partial(VLLMServerEngine, urls=[...])`. By default the
+            policy itself samples, in process.
         lr: AdamW's peak learning rate; by default `recommended_lr` of the policy's size, or the class's `usual_lr`;
             ten times that where LoRA adapters are trained.
         lr_schedule: after the warm-up, constant, or linear or cosine to 0 at the end of the run.
@@ -103,7 +104,7 @@ class RLHFModule(LightningModule):
         reward_funcs: RewardFunctions | DataRewards | Sequence[RewardFunction | str] | None = None,
         reward_weights: Sequence[float] | None = None,
         sampling: SamplingConfig | Mapping[str, Any] | None = None,
-        engine: RolloutEngine | None = None,
+        engine: RolloutEngine | EngineFactory = TransformersEngine,
         lr: float | None = None,
         lr_schedule: Schedule = "constant",
         warmup_steps: int = 0,
@@ -147,7 +148,8 @@ class RLHFModule(LightningModule):
         self.reward_timeout = given.timeout  # seconds, of the data module's own, too
         self.judges = Judges(self.rewards)  # and, from `setup` on, the data module's own: validation scores with them
         self.encoder = Encoder(self.tokenizer, end_tokens(self.models.policy, self.tokenizer))
-        self.engine = engine or default_engine(self.models.policy, self.tokenizer, self.sampling.stop)
+        ends = self.models.policy, self.tokenizer, self.sampling.stop
+        self.engine: RolloutEngine = engine_for(*ends, engine) if callable(engine) else engine
         self.loop = LoopState()
         self.validated_at = -1  # global step
         self.stats = MaskedStats(self.stats_spec)

@@ -33,6 +33,7 @@ from lit_rlhf.algorithms.on_policy_stats import (
     count_rewards,
     explained,
     loss_stats,
+    mismatch_stats,
     rollout_stats,
     sample_stats,
     tell,
@@ -51,6 +52,7 @@ from lit_rlhf.ranks import whiten_over_ranks
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss, has_ratio
 from lit_rlhf.rollouts.ahead import EndsWithFit, RolloutsAhead
 from lit_rlhf.rollouts.curriculum import CurriculumArgs, SuccessCurriculum
+from lit_rlhf.rollouts.engines import has_exact_logprobs
 from lit_rlhf.rollouts.importance import ImportanceArgs, ImportanceCorrection, Level
 from lit_rlhf.rollouts.loader import PromptStream, RolloutLoader
 from lit_rlhf.rollouts.sampler import scored, start_of_update
@@ -156,6 +158,7 @@ class OnPolicyModule(RLHFModule):
         self.critic = Critic(getattr(self, "clip_ratio_high", 0.2), **critic)
         self.target_kl, self.reward_scaling = TargetKL(target_kl), RewardScaling(**scaling)
         self.importance = ImportanceCorrection(self.importance_correction, **importance)
+        self.importance.exact_engine = has_exact_logprobs(self.engine)
         self.curriculum = SuccessCurriculum(**curriculum)
         self.value_lr = self.critic.lr
         self.entropy_coef, self.entropy = entropy_coef, entropy
@@ -327,7 +330,7 @@ class OnPolicyModule(RLHFModule):
         rows = with_found(rows, scores)
         loss = self.total_loss(self.compute_loss(scores, rows), {"value_loss": self.critic.coef})
         cells = update_stats(scores, rows)
-        self.count(cells)
+        self.count(cells if self.importance.exact_engine else {**cells, **mismatch_stats(rows)})
         self.target_kl.add(*cells["stability/approx_kl"])
         return loss
 

@@ -173,7 +173,7 @@ def check_scalar(module: OnPolicyModule, weights: Tensor | None) -> None:
         )
     if weights is not None and bool((weights != 1).any()):
         raise InputError(
-            "policy_loss: a scalar cannot be weighed by the importance of stale rows; return [N, T], or write "
+            "policy_loss: a scalar cannot be weighed by the importance of its rows; return [N, T], or write "
             f"{_IMPORTANCE}=none"
         )
     warnings.warn(_SCALAR_LOSS, stacklevel=3)  # Python shows it once

@@ -41,6 +41,8 @@ ON_POLICY_STATS: Mapping[str, tuple[str, ...]] = {
     "stability/clip_fraction_high": ("value",),
     "stability/ratio_out_of_range": ("value",),
     "stability/ratio": ("mean", "max", "min"),
+    "stability/logprob_mismatch": ("mean", "max"),
+    "stability/mismatch_kl": ("value",),
     "stability/advantage": ("mean", "std"),
     "stability/value": ("mean",),
     "stability/value_error": ("std",),
@@ -152,6 +154,19 @@ def update_stats(scores: Scores, batch: Experience) -> dict[str, tuple[Tensor, T
     elif batch.ref_logprobs is not None:
         found["kl_divergence"] = kl_estimate(new, batch.ref_logprobs, "k3")
     return {f"stability/{name}": (value, mask) for name, value in found.items()}
+
+
+def mismatch_stats(batch: Experience) -> dict[str, tuple[Tensor, Tensor]]:
+    """How far an engine's log-probs are from those that the policy scores, in rows sampled by the policy's weights."""
+    old, behavior = batch.old_logprobs, batch.behavior_logprobs
+    fresh = batch.response_mask
+    if batch.staleness is not None:
+        fresh = fresh & (batch.staleness == 0).unsqueeze(1)
+    found = {
+        "logprob_mismatch": (zero_outside(old, fresh) - zero_outside(behavior, fresh)).abs(),
+        "mismatch_kl": kl_estimate(zero_outside(behavior, fresh), zero_outside(old, fresh), "k3"),
+    }
+    return {f"stability/{name}": (value, fresh) for name, value in found.items()}
 
 
 def loss_stats(

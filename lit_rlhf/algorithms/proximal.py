@@ -1,8 +1,8 @@
 """Log-probs of pi_old, the policy at the start of the update phase: the sampler's own, or scored again, or neither.
 
 The sampler's are those of the policy where the weights are the same, the distribution is not cut off by top-p or top-k,
-and both compute in float32. Rows of which that is not so are scored again. Where the rollout is a single optimiser step
-that takes no forward pass of its own: pi_old is the policy that the step's forward pass scores.
+and both compute in float32 by the same code. Rows of which that is not so are scored again. Where the rollout is one
+optimiser step that takes no forward pass of its own: pi_old is the policy that the step's forward pass scores.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.models.scoring import Scores
+from lit_rlhf.rollouts.engines import has_exact_logprobs
 from lit_rlhf.types import Experience, ScoredRollout
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def to_score_again(module: OnPolicyModule, version: Tensor) -> Tensor:
     for on-policy.
     """
     again = (version < module.loop.iteration) & (module.importance.level != "none")
-    if module.sampling.truncates_distribution or not module._full_precision:
+    truncated = module.sampling.truncates_distribution
+    if truncated or not module._full_precision or not has_exact_logprobs(module.engine):
         again = torch.ones_like(again)
     return again
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_rlhf.functional import kl_estimate
 from lit_rlhf.metrics import Cells
+from lit_rlhf.rollouts.engines import has_exact_logprobs
 from lit_rlhf.rollouts.measures import measures
 from lit_rlhf.rollouts.sampler import VALIDATION, decode, scored
 from lit_rlhf.types import PromptBatch, SamplingConfig, ScoredRollout
@@ -53,6 +54,6 @@ def _kl(module: RLHFModule, rollout: ScoredRollout, sampling: SamplingConfig) ->
     """KL(policy, reference) of every sampled token `[N, T]`, by k3."""
     models, temperature = module.models, sampling.temperature
     now = rollout.behavior_logprobs
-    if sampling.truncates_distribution:
+    if sampling.truncates_distribution or not has_exact_logprobs(module.engine):
         now = models.score(rollout, temperature=temperature).logprobs
     return kl_estimate(now, models.score_reference(rollout, temperature=temperature).logprobs, "k3")

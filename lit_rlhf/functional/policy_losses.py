@@ -230,7 +230,7 @@ def clipped_value_loss(
 def importance_weights(
     logprobs: Float[Tensor, "*S"],
     behavior_logprobs: Float[Tensor, "*S"],
-    clip_min: float = 0.5,
+    clip_min: float | Tensor = 0.5,
     clip_max: float = 2.0,
     staleness_decay: float = 1.0,
     version_gap: Int[Tensor, " N"] | None = None,
@@ -245,7 +245,7 @@ def importance_weights(
     Args:
         logprobs: `[N, T]` per token, or `[N]` summed over each sequence.
         behavior_logprobs: the same under the policy that sampled.
-        clip_min: least weight before decay.
+        clip_min: least weight before decay, or one for each weight; with 0 the weights are truncated from above alone.
         clip_max: greatest weight.
         staleness_decay: decay, at most 1.
         version_gap: `[N]`, versions between the sampling weights and the current ones; `None` for 0.
@@ -254,7 +254,8 @@ def importance_weights(
     >>> importance_weights(w.log(), torch.zeros(1, 3), staleness_decay=0.99, version_gap=torch.tensor([3]))
     tensor([[0.4851, 0.9703, 1.9406]])
     """
-    weights = policy_ratio(logprobs, behavior_logprobs).detach().clamp(clip_min, clip_max)
+    raw = policy_ratio(logprobs, behavior_logprobs).detach()
+    weights = torch.maximum(raw.clamp(max=clip_max), torch.as_tensor(clip_min, dtype=raw.dtype, device=raw.device))
     if version_gap is None:
         return weights
     decay = staleness_decay ** version_gap.to(weights.dtype)

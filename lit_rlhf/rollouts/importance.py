@@ -6,6 +6,10 @@ lp_b is the policy that sampled. A loss with a ratio to pi_old corrects from pi_
 pi_old there, the proximal policy of the decoupled objective (arXiv 2110.00641); a score-function loss, -A lp, has no
 ratio, so lp is pi_theta. Nothing is corrected twice. At the level of sequences the exponent is the sum over the
 completion's tokens: exact, with more variance.
+
+An engine that computes otherwise than the policy samples from another distribution even with the same weights. Rows of
+its that are not stale weigh min(exp(lp - lp_b), clip_max): truncated importance sampling (Yao et al. 2025, "Your
+efficient RL framework secretly brings you off-policy RL training"; Espeholt et al., arXiv 1802.01561).
 """
 
 from __future__ import annotations
@@ -43,9 +47,10 @@ class ImportanceCorrection:
     """Weights and metrics of stale rows.
 
     Args:
-        importance_correction: `"token"` or `"sequence"` for all rows, `"auto"` per token for rows that older weights
-            sampled alone, `"none"`. Rows whose behaviour log-probs are known as a sum only are corrected by sequence.
-        importance_clip_min: least weight, before the decay.
+        importance_correction: `"token"` or `"sequence"` for all rows, `"none"`, or `"auto"`: per token for rows that
+            older weights sampled, and for all of an engine whose log-probs are not exactly the policy's. Rows whose
+            behaviour log-probs are known as a sum only are corrected by sequence.
+        importance_clip_min: least weight, before the decay; with `"auto"` of stale rows alone.
         importance_clip_max: greatest weight.
         staleness_decay: factor per rollout between the sampling weights and those trained.
     """
@@ -67,13 +72,14 @@ class ImportanceCorrection:
             )
         self.level, self.staleness_decay = importance_correction, staleness_decay
         self.clip_min, self.clip_max = importance_clip_min, importance_clip_max
+        self.exact_engine = True  # whether rows that are not stale were sampled from the policy itself
 
     def corrected(self, batch: Experience) -> Tensor | None:
         """Rows `[N]` bool that are; None where none can be."""
         if self.level == "none" or (self.level == "auto" and batch.staleness is None):
             return None
         if self.level == "auto" and batch.staleness is not None:
-            return batch.staleness > 0
+            return (batch.staleness > 0) | (not self.exact_engine)
         return torch.ones(len(batch), dtype=torch.bool, device=batch.response_mask.device)
 
     def origin(self, logprobs: Tensor, batch: Experience) -> Tensor:
@@ -101,10 +107,17 @@ class ImportanceCorrection:
         if behavior.ndim == 1 or self.level == "sequence":
             now, behavior = now.sum(1), behavior if behavior.ndim == 1 else behavior.sum(1)
             counted = counted.any(1)
-        raw = policy_ratio(now, behavior)
-        outside = (raw < self.clip_min) | (raw > self.clip_max)
+        raw, least = policy_ratio(now, behavior), self._least(batch, now.ndim)
+        outside = (raw < least) | (raw > self.clip_max)
         found |= {"is_ratio": (raw, counted), "ess": (raw, counted), "clipped_fraction": (outside.float(), counted)}
-        weights = importance_weights(now, behavior, self.clip_min, self.clip_max, self.staleness_decay, gap)
+        weights = importance_weights(now, behavior, least, self.clip_max, self.staleness_decay, gap)
         weights = weights.unsqueeze(1).expand(mask.shape) if weights.ndim == 1 else weights
         weights = torch.where(corrected.unsqueeze(1), weights, 1.0)
         return weights, {f"stability/{name}": cells for name, cells in found.items()}
+
+    def _least(self, batch: Experience, ndim: int) -> Tensor:
+        """The least weight of each row, `[N]` or `[N, 1]`: none where only the engine's arithmetic is corrected."""
+        least = torch.full((len(batch),), self.clip_min, device=batch.response_mask.device)
+        if self.level == "auto" and batch.staleness is not None:
+            least = torch.where(batch.staleness > 0, least, 0.0)
+        return least if ndim == 1 else least.unsqueeze(1)

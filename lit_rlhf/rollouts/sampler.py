@@ -14,7 +14,7 @@ from lit_rlhf.models.loading import end_tokens
 from lit_rlhf.models.wrapper import PolicyReferenceValue
 from lit_rlhf.ranks import sum_over_ranks
 from lit_rlhf.rewards import Judges, RewardFunctions
-from lit_rlhf.rollouts.engines import RolloutEngine, TransformersEngine
+from lit_rlhf.rollouts.engines import EngineFactory, RolloutEngine, TransformersEngine
 from lit_rlhf.rollouts.random import mix_seed
 from lit_rlhf.types import PromptBatch, Rollout, SamplingConfig, ScoredRollout
 
@@ -121,13 +121,15 @@ def sampled_ids(rollout: Rollout) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(rollout.response_ids.cpu(), masks, strict=True)]
 
 
-def default_engine(policy: nn.Module, tokenizer: Any, stop: Sequence[str]) -> TransformersEngine:
-    """Sample from the policy itself, in process; completions end at the tokenizer's and the model's EOS and at `stop`.
+def engine_for(
+    policy: nn.Module, tokenizer: Any, stop: Sequence[str], make: EngineFactory = TransformersEngine
+) -> RolloutEngine:
+    """An engine whose completions end at the tokenizer's and the model's EOS and at `stop`; by default in process.
 
     Raises:
         InputError: a stop string is not a single token.
     """
-    return TransformersEngine(end_token_ids(policy, tokenizer, stop), tokenizer.pad_token_id)
+    return make(end_token_ids(policy, tokenizer, stop), tokenizer.pad_token_id)
 
 
 def end_token_ids(policy: nn.Module, tokenizer: Any, stop: Sequence[str]) -> list[int]:

@@ -8,7 +8,16 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 from typing_extensions import Self
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout, SamplingConfig
+
+
+class EngineError(InputError):
+    """What an engine samples with has failed; the sentence says what and what to do about it."""
+
+
+class EngineTimeoutError(EngineError):
+    """It has not answered in time."""
 
 
 @runtime_checkable
@@ -54,3 +63,25 @@ class ClonableEngine(RolloutEngine, Protocol):
         The weights it is given are a module's that nobody trains; they do not change while it samples.
         """
         ...
+
+
+class EngineFactory(Protocol):
+    """What makes an engine, once it is known where completions end: a class of one, or a `functools.partial` of it."""
+
+    def __call__(self, eos_token_ids: Sequence[int], pad_token_id: int) -> RolloutEngine:
+        """See `TransformersEngine` for the arguments."""
+        ...
+
+
+def has_exact_logprobs(engine: RolloutEngine) -> bool:
+    """Whether the engine's log-probs are those that the policy itself would score, up to rounding in float32.
+
+    An engine of which that is not so, because it computes in other kernels or in another precision, has an attribute
+    `exact_logprobs = False`: its rows are scored again and weighed (`algorithms.proximal`, `rollouts.importance`).
+    """
+    return bool(getattr(engine, "exact_logprobs", True))
+
+
+def close_engine(engine: RolloutEngine) -> None:
+    """End the processes that an engine has started, if it has; it starts them again when it is used again."""
+    getattr(engine, "close", lambda: None)()

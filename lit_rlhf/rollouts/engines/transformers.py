@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.loading import max_positions
 from lit_rlhf.models.modes import eval_mode
 from lit_rlhf.rollouts.engines.draw import draw, for_sampling
 from lit_rlhf.rollouts.engines.forward import Forward, SharedForward
+from lit_rlhf.rollouts.engines.prompts import checked_prompts, seed_per_prompt
 from lit_rlhf.rollouts.engines.shared import NotShareableError
-from lit_rlhf.rollouts.random import mix_seed, uniforms
-from lit_rlhf.types import Rollout, SamplingConfig, pad_left
+from lit_rlhf.rollouts.random import uniforms
+from lit_rlhf.types import Rollout, SamplingConfig
 
 _KEEP_FRACTION = 0.75  # finished rows are dropped once fewer than this share of the batch is alive
 _STEPS_BETWEEN_CHECKS = {"cpu": 1}  # elsewhere 8: counting the living waits for the device
@@ -79,9 +79,10 @@ class TransformersEngine:
         if self.model is None:
             raise InputError("the engine has no weights to sample from: call update_weights(model, version) first")
         G, device = sampling.group_size, next(self.model.parameters()).device
-        ids, mask = (x.to(device) for x in self._checked(prompt_ids, sampling.max_new_tokens))
+        padded = checked_prompts(self.model, prompt_ids, sampling.max_new_tokens, self.pad_token_id)
+        ids, mask = (x.to(device) for x in padded)
         ends = torch.tensor(self.end_token_ids, dtype=torch.long, device=device)
-        uniform = uniforms(_seed_per_prompt(seed, len(ids)), G, sampling.max_new_tokens)
+        uniform = uniforms(seed_per_prompt(seed, len(ids)), G, sampling.max_new_tokens)
         with eval_mode(self.model):
             response, response_mask, logprobs = self._sampled(prompt_ids, sampling, for_sampling(uniform, device), ends)
         last = response.gather(1, response_mask.sum(1, keepdim=True) - 1).squeeze(1)
@@ -95,30 +96,6 @@ class TransformersEngine:
             group_ids=torch.arange(len(ids), device=device).repeat_interleave(G),
             version=torch.full_like(last, self.version),
         )
-
-    def _checked(self, prompt_ids: Sequence[Sequence[int]], new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Left-padded prompts `[B, P]` and their mask, or an `InputError`."""
-        if len(prompt_ids) == 0:
-            raise InputError("there are no prompts to sample for: give at least one")
-        if empty := [i for i, prompt in enumerate(prompt_ids) if len(prompt) == 0]:
-            raise InputError(f"prompt {empty[0]} is empty: every prompt needs at least one token")
-        ids, mask = pad_left(prompt_ids, self.pad_token_id)
-        longest, vocabulary = ids.shape[1], self.model.get_input_embeddings().num_embeddings
-        limit = max_positions(self.model)
-        if limit is not None and longest + new_tokens > limit:
-            raise InputError(
-                f"a prompt of {longest} tokens with max_new_tokens={new_tokens} exceeds the model's limit of {limit} "
-                "positions: shorten the prompt or lower max_new_tokens"
-            )
-        outside = ((ids < 0) | (ids >= vocabulary)).nonzero().tolist()
-        if outside:
-            row, column = outside[0]
-            where = f"prompt {row}" if mask[row, column] else "the padding (pad_token_id)"
-            raise InputError(
-                f"token id {int(ids[row, column])} in {where} is outside the model's vocabulary of {vocabulary}: "
-                "use the model's own tokenizer, or resize the model's embeddings"
-            )
-        return ids, mask
 
     def _sampled(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, uniform: Tensor, ends: Tensor
@@ -225,11 +202,3 @@ class _Sheet:
         mask = token >= 0
         longest = int(mask.sum(1).max())
         return token.masked_fill(~mask, pad)[:, :longest], mask[:, :longest], logprob[:, :longest].contiguous()
-
-
-def _seed_per_prompt(seed: int | Sequence[int], prompts: int) -> list[int]:
-    if isinstance(seed, int):
-        return [mix_seed(seed, i) for i in range(prompts)]
-    if len(seed) != prompts:
-        raise InputError(f"got {len(seed)} seeds for {prompts} prompts: give one per prompt, or one integer")
-    return list(seed)

@@ -1,0 +1,44 @@
+"""`python guard.py FOLDER COMMAND ...`: run a command until it ends or whoever started this process is gone.
+
+The starter keeps the other end of this process's standard input and writes nothing to it. End of file means that it has
+closed it or that it is no more, killed by whatever signal; then the folder, which was there for the command alone, is
+removed. Standard library only, in a session of its own: whatever the command has started ends with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+GRACE = 5.0  # seconds to end by itself
+
+
+def main() -> None:
+    """Start the command and wait."""
+    command = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
+    orphaned = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: command.terminate())
+    threading.Thread(target=_watch_starter, args=(command, orphaned), daemon=True).start()
+    command.wait()
+    if orphaned.is_set():
+        shutil.rmtree(sys.argv[1], ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)  # the command's own children, and this process
+
+
+def _watch_starter(command: subprocess.Popen[bytes], orphaned: threading.Event) -> None:
+    while os.read(0, 1):
+        pass
+    orphaned.set()
+    command.terminate()
+    try:
+        command.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        command.kill()
+
+
+if __name__ == "__main__":
+    main()

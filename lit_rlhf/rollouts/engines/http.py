@@ -1,0 +1,113 @@
+"""JSON over HTTP with the servers of a sampler: a time limit on every call, and errors that say which server."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+from lit_rlhf.errors import InputError
+from lit_rlhf.rollouts.engines.base import EngineError, EngineTimeoutError
+
+KEY = "VLLM_API_KEY"  # environment variable, read by vLLM's server and here; a key on a command line is seen by all
+_SHOWN = 300  # characters of a server's answer
+
+
+class ServerGoneError(Exception):
+    """The server does not answer, or ended while it did."""
+
+
+class RefusedError(EngineError):
+    """The server answers with an error that is the asker's."""
+
+    def __init__(self, sentence: str, status: int) -> None:
+        super().__init__(sentence, status)
+        self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Server:
+    """A server at a URL.
+
+    Args:
+        url: such as `http://127.0.0.1:8000`.
+
+    Raises:
+        InputError: it is no URL of http or https.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise InputError(f"engine.urls: {_without_login(url)!r} is no server; write such as http://127.0.0.1:8000")
+        self.url = url.rstrip("/")
+        self.host, self.port, self.path = parts.hostname, parts.port, parts.path.rstrip("/")
+        self.connection: type[http.client.HTTPConnection] = (
+            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        )
+
+    def call(self, method: str, path: str, body: Any = None, *, timeout: float) -> Any:
+        """The server's answer, from JSON; None where it is empty or something else.
+
+        Raises:
+            ServerGoneError: the connection fails, or the server says that it has failed itself.
+            EngineTimeoutError: no answer within `timeout` seconds.
+            RefusedError: the server refuses.
+        """
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+        connection = self.connection(self.host, self.port, timeout=max(timeout, 0.001))
+        try:
+            connection.request(method, self.path + path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            content = response.read().decode(errors="replace")
+        except socket.timeout:  # noqa: UP041  # Python 3.10 has two names for it
+            raise EngineTimeoutError(
+                f"the vLLM server {self.url} has not answered {path} within {timeout:.0f} seconds; raise "
+                "engine.timeout, or see what keeps it busy"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerGoneError(f"{type(error).__name__}: {error}") from None
+        finally:
+            connection.close()
+        if response.status >= http.client.INTERNAL_SERVER_ERROR:
+            raise ServerGoneError(f"{response.status} {path}: {_message(content)}")
+        if response.status != http.client.OK:
+            raise RefusedError(
+                f"the vLLM server {self.url} refuses {path}: {response.status} {_message(content)}", response.status
+            )
+        try:
+            return json.loads(content)
+        except ValueError:
+            return None
+
+    def is_up(self, timeout: float = 5.0) -> bool:
+        """Whether it is ready to sample."""
+        try:
+            self.call("GET", "/health", timeout=timeout)
+        except (ServerGoneError, EngineError):
+            return False
+        return True
+
+
+def _message(content: str) -> str:
+    """What a server says of an error, in one line."""
+    try:
+        found = json.loads(content)
+        found = found.get("error", found.get("detail", found))
+        content = str(found.get("message", found) if isinstance(found, dict) else found)
+    except (ValueError, AttributeError):
+        pass
+    line = " ".join(content.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+
+
+def _without_login(url: str) -> str:
+    scheme, _, rest = url.rpartition("//")
+    return f"{scheme}//{rest.rpartition('@')[2]}" if scheme else rest.rpartition("@")[2]
