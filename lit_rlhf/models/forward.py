@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, modeling_utils
 
 from lit_rlhf.models.output_layer import continues_from_cache
 from lit_rlhf.models.parallel import is_sharded
@@ -22,6 +22,7 @@ from lit_rlhf.ranks import most_over_ranks
 from lit_rlhf.types import CompletionBatch, PreferenceBatch, Rollout
 
 Completions = Rollout | CompletionBatch
+_KEEPS_CELLS = hasattr(modeling_utils, "slice_logits_to_keep")  # `logits_to_keep` of older ones is of whole columns
 _TOKENS_OF_A_PASS = {"cpu": 128}  # the number of tokens that one more forward pass costs as much as; elsewhere 2048
 _TOKENS_AT_ONCE = {"cpu": 4096}  # beyond, more rows gain nothing, and on a CPU fresh memory costs; elsewhere 65536
 
@@ -177,7 +178,7 @@ def _in_one(model: Any, read: _Rows, rows: Tensor, compiled: bool, with_hidden: 
     run = functools.partial(_compiled(type(model).forward), model) if compiled else model
     named = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters  # of torch.compile's own module
     extra: dict[str, Any] = {"output_hidden_states": True} if with_hidden else {}
-    if "logits_to_keep" in named:
+    if keeps := _KEEPS_CELLS and "logits_to_keep" in named:
         wanted = torch.zeros_like(ids, dtype=torch.bool).index_put((row, cell), torch.ones_like(row, dtype=torch.bool))
         extra["logits_to_keep"] = wanted
     found = run(input_ids=ids, use_cache=False, **extra)
@@ -185,7 +186,7 @@ def _in_one(model: Any, read: _Rows, rows: Tensor, compiled: bool, with_hidden: 
         hidden = found.last_hidden_state
         last = hidden[torch.arange(len(rows), device=rows.device), prompt + response - 1]
         return Part(rows[row], step, hidden[row, cell], rows, last)
-    logits = found.logits if "logits_to_keep" in named else found.logits[row, cell]
+    logits = found.logits if keeps else found.logits[row, cell]
     return Part(rows[row], step, logits, rows, None, found.hidden_states[-1][row, cell] if with_hidden else None)
 
 

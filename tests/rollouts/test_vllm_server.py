@@ -220,8 +220,16 @@ def test_weights_are_pushed_when_they_have_changed_and_not_otherwise():
         optimizer.step()
         engine.update_weights(model, 0)
         assert (pushes(), server.weights != before) == (2, True)
-        engine.update_weights(model, 1)
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
+        engine.update_weights(model, 0)
         assert pushes() == 3
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 1))
+        engine.update_weights(model, 0)
+        assert pushes() == 4
+        engine.update_weights(model, 1)
+        assert pushes() == 5
         engine.close()
 
 

@@ -19,14 +19,24 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by
 
 @torch.no_grad()
 def fingerprint(policy: nn.Module) -> list[int]:
-    """The sum of every tensor's bits: other weights, other sums.
+    """Sums of every tensor's bits, weighed by their places: other weights, other sums.
 
     PyTorch's own counters will not do: AdamW's fused kernel does not count.
     """
-    tensors = (*policy.parameters(), *policy.buffers())
-    sums = [x.view(_INTEGER[x.element_size()]).sum(dtype=torch.int64) for x in tensors if not x.is_complex()]
+    sums = [_sum_of_bits(x) for x in (*policy.parameters(), *policy.buffers())]
     found: list[int] = torch.stack(sums).tolist()
     return found
+
+
+def _sum_of_bits(x: Tensor) -> Tensor:
+    """Of all elements, each times its row, column, ...; int64, in which what overflows goes round."""
+    bits = x.view(_INTEGER[x.element_size()])
+    total = bits.sum(dtype=torch.int64)
+    for dim, size in enumerate(x.shape):
+        others = [d for d in range(x.ndim) if d != dim]
+        along = bits.sum(others, dtype=torch.int64) if others else bits
+        total = total + (along * torch.arange(1, size + 1, device=x.device)).sum()
+    return total
 
 
 @torch.no_grad()
