@@ -16,6 +16,8 @@ from lit_rlhf.algorithms.nonfinite import NonFiniteSteps
 from lit_rlhf.algorithms.parts import Parts
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, default_lr, lr_factor
 from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
+from lit_rlhf.callbacks.gates import Healthy
+from lit_rlhf.callbacks.metrics import MetricsCallback
 from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
@@ -94,6 +96,7 @@ class RLHFModule(LightningModule):
     completion_columns: ClassVar[tuple[str, ...]] = ()  # of the data, that it trains on; none where it samples its own
     generates: ClassVar[bool] = True  # its policy is a language model to the end, and no trunk alone
     exports_adapter: ClassVar[bool] = True  # with LoRA: the adapter is all that was learnt
+    healthy: Healthy = Healthy()  # what the stability monitor takes for sound
     usual_lr: ClassVar[float | None] = None  # of whole models, where it does not follow from the policy's size
 
     def __init__(
@@ -369,6 +372,9 @@ class RLHFModule(LightningModule):
         values = {name: float(value) for name, value in self._reduced(stats).items()} | dict(extra or {})
         for logger in self.loggers:
             logger.log_metrics(values, step=self.global_step)
+        for callback in getattr(self._trainer, "callbacks", ()):
+            if isinstance(callback, MetricsCallback):
+                callback.on_metrics(self.trainer, self, values)
         monitored = {name: value for name, value in values.items() if name in self.progress_keys or name[:4] == "val/"}
         for name, value in monitored.items():
             self.log(name, value, prog_bar=name in self.progress_keys, logger=False, batch_size=1)

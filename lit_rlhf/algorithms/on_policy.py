@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -39,10 +40,12 @@ from lit_rlhf.algorithms.on_policy_stats import (
     tell,
     update_stats,
     warn_of_no_rewards,
+    with_length_correlation,
 )
 from lit_rlhf.algorithms.proximal import is_found_in_update, not_scored_yet, to_score_again, with_found
 from lit_rlhf.algorithms.reward_scaling import RewardArgs, RewardScaling
 from lit_rlhf.algorithms.target_kl import TargetKL
+from lit_rlhf.callbacks.gates import Healthy
 from lit_rlhf.errors import check_choice
 from lit_rlhf.functional.shaping import add_scores
 from lit_rlhf.models.parallel import local
@@ -180,6 +183,12 @@ class OnPolicyModule(RLHFModule):
                 f"{cls.__name__}.{name} would have no effect as a class attribute; pass it to the constructor, or give "
                 f"{cls.__name__} an __init__ with that default"
             )
+
+    @property
+    def healthy(self) -> Healthy:  # type: ignore[override]
+        """See `RLHFModule.healthy`. Groups of equal rewards matter where rewards are compared within groups."""
+        compared = "group_ids" in inspect.signature(self._estimate).parameters
+        return Healthy() if compared else Healthy(zero_std_fraction=1.0)
 
     @property
     def _proportional_to_advantages(self) -> bool:
@@ -415,8 +424,8 @@ class OnPolicyModule(RLHFModule):
     # -- metrics ---------------------------------------------------------------------------------------------------
 
     def derived(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add the explained variance of the value function."""
-        return explained(values)
+        """Add the explained variance of the value function, and how far the reward goes with the length."""
+        return with_length_correlation(explained(values))
 
     def on_train_epoch_end(self) -> None:
         """Log the rollout's metrics, with the time it took."""

@@ -24,6 +24,9 @@ from lit_rlhf.types import Experience, PromptBatch, ScoredRollout
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.on_policy import OnPolicyModule
 
+# Counted over the completions with a reward, for the correlation, and not logged.
+_LENGTH, _WITH_LENGTH = "reward/length", "reward/reward_plus_length"
+
 ON_POLICY_STATS: Mapping[str, tuple[str, ...]] = {
     "loss/loss": ("value",),
     "loss/policy_loss": ("value",),
@@ -56,6 +59,8 @@ ON_POLICY_STATS: Mapping[str, tuple[str, ...]] = {
     "reward/accuracy": ("value",),
     "reward/zero_std_fraction": ("value",),
     "reward/singleton_fraction": ("value",),
+    _LENGTH: ("std",),
+    _WITH_LENGTH: ("std",),
     "rollout/response_length": ("value", "max"),
     "rollout/truncated_fraction": ("value",),
     "rollout/staleness": ("value", "max"),
@@ -67,6 +72,8 @@ def sample_stats(sampled: ScoredRollout, accuracy: Tensor | None, group_size: in
     found = {
         "reward/reward": sampled.raw_rewards,
         "rollout/response_length": sampled.lengths.float(),
+        _LENGTH: sampled.lengths + 0 * sampled.raw_rewards,  # NaN without a reward
+        _WITH_LENGTH: sampled.lengths + sampled.raw_rewards,
         "rollout/truncated_fraction": sampled.truncated.float(),
     }
     if group_size > 1:
@@ -180,6 +187,17 @@ def loss_stats(
             section = "stability" if f"stability/{name}" in known else "policy"
             found[f"{section}/{name}"] = (cells, mask if cells.shape == mask.shape else None)
     return found
+
+
+def with_length_correlation(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the correlation of reward and length: Var(r + l) = Var(r) + Var(l) + 2 Cov(r, l). It is 0 of a constant."""
+    length, both = (values.pop(f"{name}_std", None) for name in (_LENGTH, _WITH_LENGTH))
+    reward = values.get("reward/reward_std")
+    if reward is None or length is None or both is None:
+        return values
+    product = 2 * reward * length
+    ratio = (both.square() - reward.square() - length.square()) / torch.where(product > 0, product, 1.0)
+    return {**values, "reward/length_correlation": torch.where(product > 0, ratio.clamp(-1, 1), 0.0)}
 
 
 def explained(values: dict[str, Tensor]) -> dict[str, Tensor]:
