@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lit_rlhf.data.modules import RowsDataModule
+from lit_rlhf.models.parallel import whole
 from tests.algorithms.settings import rollout_from, rows_for, with_other_models
 from tests.helpers import build, prompt_rows, tiny_model, trainer
 
@@ -28,7 +29,8 @@ def reported(algorithm, folder, adamw=False):
 
         def on_fit_end(self):
             metrics = {name: value for name, value in self.published.items() if not name.startswith("perf/")}
-            report = {"weights": self.models.state_dict(), "metrics": metrics, "steps": self.global_step}
+            weights = {name: whole(x) for name, x in self.models.state_dict().items()}
+            report = {"weights": weights, "metrics": metrics, "steps": self.global_step}
             torch.save(
                 report | {"loop": self.loop.to_plain()},
                 folder / f"{self.trainer.world_size}x{self.accumulate}-{self.rank}.pt",
@@ -37,15 +39,15 @@ def reported(algorithm, folder, adamw=False):
     return Reported
 
 
-def run(make, data, folder, devices, accumulate=1, epochs=1):
+def run(make, data, folder, devices, accumulate=1, epochs=1, strategy="ddp", **of_trainer):
     """Fit; every rank's report."""
-    trainer(devices, accumulate, epochs).fit(make(), datamodule=RowsDataModule(data))
+    trainer(devices, accumulate, epochs, strategy, **of_trainer).fit(make(), datamodule=RowsDataModule(data))
     files = [folder / f"{devices}x{accumulate}-{rank}.pt" for rank in range(devices)]
     return [torch.load(file, weights_only=True) for file in files]
 
 
-def run_of_four(make, folder, devices, accumulate=1, epochs=1):
-    return run(make, prompt_rows(4), folder, devices, accumulate, epochs)
+def run_of_four(make, folder, devices, accumulate=1, epochs=1, strategy="ddp"):
+    return run(make, prompt_rows(4), folder, devices, accumulate, epochs, strategy)
 
 
 def assert_same_run(found, expected, start, atol=1e-10, metrics_atol=1e-8):
