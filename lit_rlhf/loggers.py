@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+_PER_ROLLOUT = ("loss", "stability", "reward", "rewards", "rollout", "preference", "curriculum", "policy", "perf")
+_BEST = {
+    **dict.fromkeys(
+        ("val/accuracy_sampled", "val/accuracy_greedy", "val/reward_sampled", "val/preference_accuracy"), "max"
+    ),
+    **dict.fromkeys(("reward/reward_mean", "reward/accuracy", "preference/preference_accuracy"), "max"),
+    **dict.fromkeys(("val/sft_loss", "val/perplexity"), "min"),
+}
 
 
 def csv_logger(save_dir: str | Path) -> CSVLogger:
@@ -51,9 +61,27 @@ def wandb_logger(
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     if continues is not None and (found := _run_id(Path(continues).resolve().parents[1])):
         kwargs = {"id": found, "resume": "allow", **kwargs}
-    logger = WandbLogger(project=project, save_dir=save_dir, **kwargs)
+    logger = _RolloutWandbLogger(project=project, save_dir=save_dir, **kwargs)
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes it, and wandb warns that it means nothing
     return logger
+
+
+class _RolloutWandbLogger(WandbLogger):
+    """Lightning's, with rollouts on the x-axis of what is measured per rollout, and best values in the summary."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run; the first access begins it."""
+        begins = self._experiment is None
+        run = super().experiment
+        if begins:
+            for section in _PER_ROLLOUT:
+                run.define_metric(f"{section}/*", step_metric="rollout/iteration")
+            for name, best in _BEST.items():
+                step = "trainer/global_step" if name.startswith("val/") else "rollout/iteration"
+                run.define_metric(name, step_metric=step, summary=f"{best},last")
+        return run
 
 
 def _run_id(run_folder: Path) -> str | None:

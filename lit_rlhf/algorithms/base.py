@@ -17,7 +17,7 @@ from lit_rlhf.algorithms.parts import Parts
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, default_lr, lr_factor
 from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
 from lit_rlhf.callbacks.gates import Healthy
-from lit_rlhf.callbacks.metrics import MetricsCallback
+from lit_rlhf.callbacks.hooks import RLHFCallback
 from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
@@ -372,12 +372,16 @@ class RLHFModule(LightningModule):
         values = {name: float(value) for name, value in self._reduced(stats).items()} | dict(extra or {})
         for logger in self.loggers:
             logger.log_metrics(values, step=self.global_step)
-        for callback in getattr(self._trainer, "callbacks", ()):
-            if isinstance(callback, MetricsCallback):
-                callback.on_metrics(self.trainer, self, values)
+        self.tell_callbacks("on_metrics", values)
         monitored = {name: value for name, value in values.items() if name in self.progress_keys or name[:4] == "val/"}
         for name, value in monitored.items():
             self.log(name, value, prog_bar=name in self.progress_keys, logger=False, batch_size=1)
+
+    def tell_callbacks(self, hook: str, about: Any) -> None:
+        """Call a hook of `RLHFCallback`, for those that are one."""
+        for callback in getattr(self._trainer, "callbacks", ()):
+            if isinstance(callback, RLHFCallback):
+                getattr(callback, hook)(self.trainer, self, about)
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Greedy and sampled completions of held-out prompts, see `validation_stats`."""

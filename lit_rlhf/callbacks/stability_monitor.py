@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lit_rlhf.callbacks.gates import GATES, Gate, Healthy, Track, plain, tracks_from
-from lit_rlhf.callbacks.metrics import MetricsCallback
+from lit_rlhf.callbacks.hooks import RLHFCallback
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Finding:
     until: int | None = None  # the rollout at which all was well again
 
 
-class StabilityMonitor(MetricsCallback):
+class StabilityMonitor(RLHFCallback):
     """Looks at every rollout's metrics through the gates of `callbacks.gates`.
 
     A gate that finds something prints it, sends a W&B alert and remembers it, once, and again if it comes back. It

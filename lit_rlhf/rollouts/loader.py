@@ -76,6 +76,7 @@ class RolloutLoader:
         module, state = self.module, self.module.loop
         if state.experience is None:
             state.experience = module.collect(module.next_prompts())
+            module.tell_callbacks("on_rollout", state.experience)
         experience = state.experience
         for batch in _micro_batches(module, self.plan(), lambda rows: experience[rows].trim()):
             yield batch.with_signal() if module.skip_zero_advantage else batch
