@@ -48,10 +48,10 @@ def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[D
             check(plain)
             run(cfg)
         except Exception as error:
-            sentence = _input_error(error)
-            if sentence is None:
+            sentence, lost = _input_error(error), str(error).startswith("rank ")  # see `callbacks.lost_ranks`
+            if sentence is None and not lost:
                 raise
-            fail(sentence)
+            fail(sentence or str(error), code=2 if sentence else 1)
 
     try:
         hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(task)()
@@ -144,7 +144,7 @@ def _input_error(error: BaseException | None) -> str | None:
     return None
 
 
-def fail(sentence: str) -> None:
-    """End the process with code 2 and what the user got wrong."""
+def fail(sentence: str, code: int = 2) -> None:
+    """End the process with what went wrong; the code is 2 where the user got it wrong."""
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

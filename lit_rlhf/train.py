@@ -42,25 +42,12 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     Returns:
         The last metrics that callbacks can monitor, and the objects by name.
     """
-    from lit_rlhf.algorithms.base import RLHFModule
-    from lit_rlhf.models.wrapper import tokenizer_for
     from lit_rlhf.rollouts.engines import close_engine
 
     cli.start(cfg)
-    cfg.ckpt_path = _resolved(cfg.ckpt_path)
+    cfg.ckpt_path = resolved(cfg.ckpt_path)
     data = instantiate(cfg.data)
-    policy = instantiate(cfg.model)
-    algorithm = instantiate(cfg.algo, _partial_=True, **_functions(cfg.algo))
-    if not (isinstance(algorithm.func, type) and issubclass(algorithm.func, RLHFModule)):
-        raise InputError(f"algo._target_={cfg.algo._target_} is no algorithm, that is no class made from RLHFModule")
-    module = algorithm(
-        policy=policy,
-        tokenizer=tokenizer_for(policy, cli.build_tokenizer(cfg.tokenizer)),
-        reward_funcs=instantiate(cfg.reward),
-        sampling=instantiate(cfg.rollout),
-        engine=instantiate(cfg.engine, _partial_=True),
-        seed=cfg.seed,
-    )
+    module = build_module(cfg)
     trainer = instantiate(
         cfg.trainer,
         callbacks=[instantiate(callback) for callback in (cfg.get("callbacks") or {}).values() if callback],
@@ -78,6 +65,29 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         close_engine(module.engine)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return metrics, {"data": data, "module": module, "trainer": trainer}
+
+
+def build_module(cfg: DictConfig) -> Any:
+    """The algorithm that `cfg` describes.
+
+    Raises:
+        InputError: it describes something else.
+    """
+    from lit_rlhf.algorithms.base import RLHFModule
+    from lit_rlhf.models.wrapper import tokenizer_for
+
+    policy = instantiate(cfg.model)
+    algorithm = instantiate(cfg.algo, _partial_=True, **_functions(cfg.algo))
+    if not (isinstance(algorithm.func, type) and issubclass(algorithm.func, RLHFModule)):
+        raise InputError(f"algo._target_={cfg.algo._target_} is no algorithm, that is no class made from RLHFModule")
+    return algorithm(
+        policy=policy,
+        tokenizer=tokenizer_for(policy, cli.build_tokenizer(cfg.tokenizer)),
+        reward_funcs=instantiate(cfg.reward),
+        sampling=instantiate(cfg.rollout),
+        engine=instantiate(cfg.engine, _partial_=True),
+        seed=cfg.seed,
+    )
 
 
 def check_run(config: Mapping[str, Any]) -> None:
@@ -117,7 +127,7 @@ def main() -> None:
     cli.main("train", check_run, _run)
 
 
-def _resolved(ckpt_path: str | None) -> str | None:
+def resolved(ckpt_path: str | None) -> str | None:
     """The file that `ckpt_path` names; `last` is found, or None where the run has only just begun."""
     from lit_rlhf.checkpoints import last_checkpoint
 

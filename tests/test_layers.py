@@ -26,10 +26,10 @@ LAYERS = (  # lowest first; parts of one layer do not know each other
     {"algorithms"},
     {"cli", "stages"},
     {"train", "evaluate", "stage_results"},
-    {"pipeline"},
+    {"pipeline", "export"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-ENTRY_POINTS = {"cli", "train", "evaluate", "pipeline"}
+ENTRY_POINTS = {"cli", "train", "evaluate", "export", "pipeline"}
 FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in sorted(PACKAGE.rglob("*.py"))}
 
 

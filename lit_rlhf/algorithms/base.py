@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
@@ -18,6 +18,8 @@ from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, d
 from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
 from lit_rlhf.callbacks.gates import Healthy
 from lit_rlhf.callbacks.hooks import RLHFCallback
+from lit_rlhf.callbacks.metrics import MetricsCallback
+from lit_rlhf.callbacks.lost_ranks import LostRanks
 from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
@@ -265,6 +267,10 @@ class RLHFModule(LightningModule):
         self.count({f"loss/{name}": (term, None) for name, term in self.parts.sum_terms(counted).items()})
         return loss * self.loss_scale
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run needs, in a notebook too."""
+        return [LostRanks()]
+
     # -- optimisation ----------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -276,6 +282,7 @@ class RLHFModule(LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy):
             self.models.shard(strategy.device_mesh)
+            self.judges.shard(strategy.device_mesh)  # they have all reward functions
         elif isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise InputError(
                 f"trainer.strategy: {type(strategy).__name__} does not know these models; write trainer=fsdp2 (in "

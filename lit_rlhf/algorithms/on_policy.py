@@ -486,8 +486,8 @@ class OnPolicyModule(RLHFModule):
         return RolloutLoader(self)
 
     def configure_callbacks(self) -> list[Callback]:
-        """What ends the sampler's thread, where rollouts are sampled ahead."""
-        return [EndsWithFit()] if self.ahead.max_staleness else []
+        """And what ends the sampler's thread, where rollouts are sampled ahead."""
+        return [*super().configure_callbacks(), *([EndsWithFit()] if self.ahead.max_staleness else [])]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `RLHFModule.on_save_checkpoint`; waits for what is sampled ahead."""

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.rewards.calling import LARGEST, TOLD, answer, awaited, call, numbers, wanted
@@ -203,6 +204,12 @@ class RewardFunctions:
             if hasattr(fn, "to"):
                 fn.to(device)
         return self
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Hold the reward models in shards over the ranks of the mesh."""
+        for fn in self.funcs:
+            if hasattr(fn, "shard"):
+                fn.shard(mesh)
 
     def accuracy(self, parts: Tensor) -> Tensor | None:
         """`[N]`, 1 where the first verifier's column of `parts` `[N, F]` is 1, else 0; `None` if no function is one."""

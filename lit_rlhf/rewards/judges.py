@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from lit_rlhf.rewards.functions import TIMEOUT, DataRewards, RewardFunctions, solved
 from lit_rlhf.rewards.resolving import RewardFunction, unique, unwrapped
@@ -71,6 +72,11 @@ class Judges:
         for functions in self.scored_by:
             functions.to(device)
         return self
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Hold the reward models in shards over the ranks of the mesh."""
+        for functions in self.scored_by:
+            functions.shard(mesh)
 
     @property
     def verifier(self) -> tuple[int, RewardFunction] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer
 
 from lit_rlhf.errors import InputError, check_number
@@ -19,6 +20,8 @@ from lit_rlhf.models.loading import (
     max_positions,
     with_declared,
 )
+from lit_rlhf.models.parallel import is_sharded, shard_frozen
+from lit_rlhf.ranks import most_over_ranks
 from lit_rlhf.rewards.calling import answer
 from lit_rlhf.text import encode_completions, encode_prompts, with_own_pad_token
 from lit_rlhf.types import pad_right
@@ -93,6 +96,11 @@ class RewardModel:
         self.model.to(device)
         return self
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Hold the model in shards over the ranks of the mesh, which then have to call this together. Once."""
+        if not is_sharded(self.model):
+            shard_frozen(self.model, mesh)
+
     def check_prompts(self, prompts: Sequence[Any]) -> None:
         """Raise an `InputError` for what is known to be refused before anything is sampled: see `encode`."""
         chats = any(not isinstance(prompt, str) for prompt in prompts)
@@ -108,8 +116,11 @@ class RewardModel:
         rows = self.encode(prompts, completions)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         rewards = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        if is_sharded(self.model):  # its passes are collectives
+            for _ in range(most_over_ranks(len(batches), self.model.device) - len(batches)):
+                self._rewards([[0]])
+        for batch in batches:
             for i, reward in zip(batch, self._rewards([rows[i] for i in batch]).tolist(), strict=True):
                 rewards[i] = reward
         return rewards

@@ -1,7 +1,7 @@
-"""One process, two ranks under DDP and two under FSDP2: the same weights, metrics and loop, for every kind of algorithm.
+"""One process, two ranks under DDP and two under FSDP2: the same weights, metrics and loop, for every algorithm.
 
-DDP and FSDP2 add up the same numbers in the same order: without prompts that rows share (a sharded model shares none) and
-without clipping (a norm is a sum over shards) their weights are the same to the last bit.
+DDP and FSDP2 add up the same numbers in the same order: without prompts that rows share (a sharded model shares none)
+and without clipping (a norm is a sum over shards) their weights are the same to the last bit.
 """
 
 import pytest
@@ -18,7 +18,7 @@ from lit_rlhf.algorithms.rloo import RLOO
 from lit_rlhf.algorithms.sft import SFT
 from lit_rlhf.models.forward import Shortcuts
 from lit_rlhf.types import SamplingConfig
-from tests.algorithms.ranks import assert_same_run, on_given_rows, reported, run, run_of_four, start_of
+from tests.algorithms.ranks import assert_same_run, reported, run, start_of
 from tests.helpers import build, prompt_rows, tiny_model
 
 PASSES = {"batch_size": 8}
@@ -41,7 +41,9 @@ RUNS = {
 def completed(rows):
     """With demonstrations and pairs of different lengths."""
     long, short = (" ".join(str(20 + j) for j in range(4)), "7")
-    return [{**row, "completion": (long, short)[i % 2], "chosen": long, "rejected": short} for i, row in enumerate(rows)]
+    return [
+        {**row, "completion": (long, short)[i % 2], "chosen": long, "rejected": short} for i, row in enumerate(rows)
+    ]
 
 
 def number(completion_ids, **kwargs):

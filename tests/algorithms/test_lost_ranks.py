@@ -1,0 +1,72 @@
+"""A rank that dies or hangs: the others say so, with their rank and step, and none waits for ever."""
+
+import multiprocessing
+import os
+import socket
+import threading
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lit_rlhf import strategies
+from lit_rlhf.algorithms.sft import SFT
+from lit_rlhf.data.modules import RowsDataModule
+from tests.helpers import build, prompt_rows
+
+STRATEGIES = {"ddp": strategies.ddp, "fsdp2": strategies.FSDP2Strategy}
+
+
+class Leaves(SFT):
+    """Rank 1 ends, or never comes back, in its third step."""
+
+    how = ""
+
+    def training_step(self, batch, batch_idx=0):
+        if self.rank == 1 and self.global_step == 2:
+            os._exit(0) if self.how == "dies" else threading.Event().wait()
+        return super().training_step(batch, batch_idx)
+
+
+def rank(number, port, strategy, how, told):
+    """One of two ranks as a launcher would start it."""
+    os.environ |= {"LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    Leaves.how = how
+    rows = [{**row, "completion": "5 6 7"} for row in prompt_rows(16)]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=STRATEGIES[strategy](timeout=1),
+        max_epochs=4,
+        limit_val_batches=0,
+        **quiet,
+    )
+    try:
+        trainer.fit(build(Leaves, batch_size=8), datamodule=RowsDataModule(rows))
+    except BaseException as error:
+        told.put(str(error))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("dies", "rank 0, step 2: another rank has ended; its own output says why (["),
+        ("hangs", "rank 0, step 2: another rank has not answered within 3 seconds; it hangs"),
+    ],
+)
+def test_the_rank_that_is_left_says_where(how, sentence, strategy):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    ranks = [context.Process(target=rank, args=(i, port, strategy, how, told)) for i in (0, 1)]
+    for process in ranks:
+        process.start()
+    try:
+        assert told.get(timeout=60).startswith(sentence)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
