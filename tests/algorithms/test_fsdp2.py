@@ -1,0 +1,109 @@
+"""FSDP2 beyond the matrix: ranks that fare differently, shortcuts, adapters, other architectures, export, resume."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lit_rlhf.algorithms.dapo import DAPO
+from lit_rlhf.algorithms.dpo import DPO
+from lit_rlhf.algorithms.grpo import GRPO
+from lit_rlhf.algorithms.ppo import PPO
+from lit_rlhf.algorithms.reward_modeling import RewardModeling
+from lit_rlhf.algorithms.sft import SFT
+from lit_rlhf.models import forward
+from lit_rlhf.models.adapters import LoRA, add_lora
+from lit_rlhf.models.forward import Shortcuts
+from lit_rlhf.models.loading import checkpoint_activations
+from lit_rlhf.types import SamplingConfig
+from tests.algorithms.ranks import ONE_RANK_EMPTY, UNEVEN, assert_same_run, on_given_rows, reported, run, run_of_four
+from tests.algorithms.test_ddp import neither_rank_does, only_rank_0_tells_samples_apart
+from tests.algorithms.test_strategies import assert_bit_equal, completed, fit, start
+from tests.helpers import build, prompt_rows, tiny_model
+
+# ranks that fare differently
+
+
+@pytest.mark.parametrize("rewards", [only_rank_0_tells_samples_apart, neither_rank_does])
+def test_dynamic_sampling_on_very_unequal_ranks(rewards, tmp_path):
+    arguments = {"group_size": 2, "prompts_per_rollout": 4, "max_rounds": 3, "reward_funcs": [rewards]}
+
+    def make():
+        module = build(reported(DAPO, tmp_path), sampling=SamplingConfig(max_new_tokens=3), **arguments)
+        module.models.shortcuts = Shortcuts(share_prompts=False)
+        return module
+
+    expected, found = (run(make, prompt_rows(9), tmp_path, 2, epochs=3, strategy=s) for s in ("ddp", "fsdp2"))
+    assert expected[0]["metrics"]["rollout/dynamic_sampling_rounds"] == 3
+    assert_bit_equal(found, expected[0])
+    assert [report["loop"]["numbers"] for report in found] == [report["loop"]["numbers"] for report in expected]
+
+
+@pytest.mark.parametrize("lengths", [UNEVEN, ONE_RANK_EMPTY], ids=["uneven", "one rank empty"])
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        (PPO, {"value": "separate", "kl_coef": 0.3}),
+        (GRPO, {"skip_zero_advantage": True, "scale_rewards": "none"}),
+        (GRPO, {"kl_coef": 0.3, "kl_estimator": "full", "micro_batch_tokens": 9, "entropy_coef": 0.1}),
+    ],
+    ids=["critic", "skipped rows", "parts"],
+)
+def test_ranks_run_as_many_passes(algorithm, arguments, lengths, tmp_path, monkeypatch):
+    """Passes of a rank follow its rows' lengths: here each part and each length may be one."""
+    monkeypatch.setitem(forward._TOKENS_OF_A_PASS, "cpu", 2)
+    same_rewards = lambda rows: replace(rows, raw_rewards=rows.raw_rewards.where(rows.group_ids > 0, 0.5))  # noqa: E731
+    change = lambda rows: replace(same_rewards(rows), rewards=same_rewards(rows).raw_rewards)  # noqa: E731
+    make = lambda: on_given_rows(algorithm, change)(tmp_path, lengths=lengths, **arguments)  # noqa: E731
+    (expected,) = run_of_four(make, tmp_path, 1)
+    begin = {name: x.clone() for name, x in make().models.state_dict().items()}
+    assert_same_run(run_of_four(make, tmp_path, 2, strategy="fsdp2"), expected, begin)
+    assert_same_run(run_of_four(make, tmp_path, 2, 2, strategy="fsdp2"), expected, begin)
+
+
+def test_ranks_stop_together(tmp_path):
+    arguments = {"target_kl": 1e-9, "update_epochs": 2}
+    (expected,) = fit("PPO shared", tmp_path, 1, **arguments)
+    assert expected["metrics"]["stability/stopped_fraction"] == 0.5
+    found = fit("PPO shared", tmp_path, 2, "fsdp2", **arguments)
+    assert_same_run(found, expected, start("PPO shared", tmp_path), atol=1e-6, metrics_atol=1e-5)
+
+
+# trainer and model
+
+
+def test_clipped_gradients_and_accumulation(tmp_path):
+    clipped = {"of_trainer": {"gradient_clip_val": 0.1, "accumulate": 2}}
+    (expected,) = fit("GRPO", tmp_path, 1, **clipped)
+    assert expected["metrics"]["stability/grad_norm"] > 0.1
+    found = fit("GRPO", tmp_path, 2, "fsdp2", **clipped)
+    assert_same_run(found, expected, start("GRPO", tmp_path), atol=1e-6, metrics_atol=1e-5)
+
+
+def gpt2():
+    return tiny_model("gpt2")
+
+
+def qwen2_checkpointed():
+    model = tiny_model("qwen2", tie_word_embeddings=True)
+    checkpoint_activations(model)
+    return model
+
+
+def adapted():
+    model = tiny_model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        add_lora(model, LoRA(r=2))
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*adapters have been trained already")
+@pytest.mark.parametrize("name", ["SFT", "PPO separate", "RewardModeling"])
+@pytest.mark.parametrize("model", [gpt2, qwen2_checkpointed, adapted])
+def test_tied_embeddings_checkpointed_activations_and_adapters(model, name, tmp_path):
+    expected = fit(name, tmp_path, 2, model=model)[0]
+    assert_bit_equal(fit(name, tmp_path, 2, "fsdp2", model=model), expected)
