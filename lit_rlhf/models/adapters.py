@@ -169,20 +169,17 @@ def check_reference(model: nn.Module) -> None:
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Let a model compute as if it had no adapters, in eval mode; afterwards, whatever happens, all is as before."""
     layers = _layers(model) if is_adapted(model) else []
+    trains = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     try:
-        _switch_adapters(layers, False)
+        for layer in layers:
+            layer.enable_adapters(False)
         with eval_mode(model) if layers else nullcontext():
             yield
     finally:
-        _switch_adapters(layers, True)
-
-
-def _switch_adapters(layers: Sequence[Any], on: bool) -> None:
-    trains = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-    for layer in layers:
-        layer.enable_adapters(on)
-    for parameter, flag in trains:  # peft switches gradients as well, and FSDP2 asks for them at the first pass
-        parameter.requires_grad_(flag)
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in trains:  # peft switches gradients off and on as well
+            parameter.requires_grad_(flag)
 
 
 def merged(model: Any) -> Any:

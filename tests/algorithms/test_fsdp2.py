@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from lit_rlhf.algorithms.dapo import DAPO
-from lit_rlhf.algorithms.dpo import DPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.ppo import PPO
-from lit_rlhf.algorithms.reward_modeling import RewardModeling
-from lit_rlhf.algorithms.sft import SFT
 from lit_rlhf.models import forward
 from lit_rlhf.models.adapters import LoRA, add_lora
 from lit_rlhf.models.forward import Shortcuts
@@ -18,7 +15,7 @@ from lit_rlhf.models.loading import checkpoint_activations
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.ranks import ONE_RANK_EMPTY, UNEVEN, assert_same_run, on_given_rows, reported, run, run_of_four
 from tests.algorithms.test_ddp import neither_rank_does, only_rank_0_tells_samples_apart
-from tests.algorithms.test_strategies import assert_bit_equal, completed, fit, start
+from tests.algorithms.test_strategies import RUNS, assert_bit_equal, fit, module_of, start
 from tests.helpers import build, prompt_rows, tiny_model
 
 # ranks that fare differently
@@ -99,6 +96,31 @@ def adapted():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.1)
     return model
+
+
+def in_bfloat16():
+    return tiny_model().bfloat16()
+
+
+def adapted_in_bfloat16():
+    torch.manual_seed(5)
+    model = in_bfloat16()
+    add_lora(model, LoRA(r=2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [(tiny_model, "bf16-mixed"), (in_bfloat16, "32-true"), (adapted_in_bfloat16, "32-true")],
+    ids=["autocast", "weights", "frozen weights"],
+)
+def test_bfloat16(model, precision, tmp_path):
+    """A head, and adapters, are in float32 beside weights in bfloat16."""
+    algorithm, arguments = RUNS["PPO shared"]
+    make = lambda: module_of(algorithm, tmp_path, model(), **arguments)  # noqa: E731
+    of_run = {"epochs": 2, "precision": precision}
+    expected, found = (run(make, prompt_rows(9), tmp_path, 2, strategy=s, **of_run) for s in ("ddp", "fsdp2"))
+    assert_bit_equal(found, expected[0], rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*adapters have been trained already")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import socket
 import threading
 
@@ -36,7 +37,7 @@ def rank(number, port, strategy, how, told):
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=STRATEGIES[strategy](timeout=1),
+        strategy=STRATEGIES[strategy](timeout=3),
         max_epochs=4,
         limit_val_batches=0,
         **quiet,
@@ -51,8 +52,8 @@ def rank(number, port, strategy, how, told):
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ("dies", "rank 0, step 2: another rank has ended; its own output says why (["),
-        ("hangs", "rank 0, step 2: another rank has not answered within 3 seconds; it hangs"),
+        ("dies", "rank 0, step [12]: another rank has ended; its own output says why"),
+        ("hangs", "rank 0, step [12]: another rank has not answered within 3 seconds; it hangs"),
     ],
 )
 def test_the_rank_that_is_left_says_where(how, sentence, strategy):
@@ -65,7 +66,7 @@ def test_the_rank_that_is_left_says_where(how, sentence, strategy):
     for process in ranks:
         process.start()
     try:
-        assert told.get(timeout=60).startswith(sentence)
+        assert re.match(sentence, told.get(timeout=60))  # rank 1 may be a step ahead
     finally:
         for process in ranks:
             process.kill()

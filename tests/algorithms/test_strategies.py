@@ -69,11 +69,12 @@ def start(name, folder, model=tiny_model, **changes):
     return start_of(module_of(algorithm, folder, model().double(), **{**arguments, **changes}))
 
 
-def assert_bit_equal(found, expected):
+def assert_bit_equal(found, expected, rel=1e-12):
+    """Weights; metrics are as close as norms of gradients are."""
     for rank in found:
         for name, weight in expected["weights"].items():
             assert torch.equal(rank["weights"][name], weight), name
-        assert rank["metrics"] == pytest.approx(expected["metrics"], rel=1e-12)
+        assert rank["metrics"] == pytest.approx(expected["metrics"], rel=rel)
 
 
 @pytest.mark.parametrize("name", RUNS)
