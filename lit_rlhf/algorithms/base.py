@@ -18,7 +18,6 @@ from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, d
 from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
 from lit_rlhf.callbacks.gates import Healthy
 from lit_rlhf.callbacks.hooks import RLHFCallback
-from lit_rlhf.callbacks.metrics import MetricsCallback
 from lit_rlhf.callbacks.lost_ranks import LostRanks
 from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.errors import InputError, check_choice, check_number
