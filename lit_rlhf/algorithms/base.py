@@ -152,8 +152,7 @@ class RLHFModule(LightningModule):
         self.reward_timeout = given.timeout  # seconds, of the data module's own, too
         self.judges = Judges(self.rewards)  # and, from `setup` on, the data module's own: validation scores with them
         self.encoder = Encoder(self.tokenizer, end_tokens(self.models.policy, self.tokenizer))
-        ends = self.models.policy, self.tokenizer, self.sampling.stop
-        self.engine: RolloutEngine = engine_for(*ends, engine) if callable(engine) else engine
+        self.engine = engine_for(self.models.policy, self.tokenizer, self.sampling.stop, engine)
         self.loop = LoopState()
         self.validated_at = -1  # global step
         self.stats = MaskedStats(self.stats_spec)

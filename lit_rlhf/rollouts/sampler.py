@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,13 +122,19 @@ def sampled_ids(rollout: Rollout) -> list[list[int]]:
 
 
 def engine_for(
-    policy: nn.Module, tokenizer: Any, stop: Sequence[str], make: EngineFactory = TransformersEngine
+    policy: nn.Module,
+    tokenizer: Any,
+    stop: Sequence[str],
+    engine: RolloutEngine | EngineFactory = TransformersEngine,
 ) -> RolloutEngine:
-    """An engine whose completions end at the tokenizer's and the model's EOS and at `stop`; by default in process.
+    """The engine, or the one made so that completions end at the tokenizer's and the model's EOS and at `stop`.
 
     Raises:
         InputError: a stop string is not a single token.
     """
+    if isinstance(engine, RolloutEngine) and not isinstance(engine, type):
+        return engine
+    make = cast(EngineFactory, engine)
     return make(end_token_ids(policy, tokenizer, stop), tokenizer.pad_token_id)
 
 

@@ -114,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(500, {"error": {"message": "EngineCore encountered an issue"}})
         if set(params) != KEYS or (params["temperature"] == 0 and params["n"] > 1) or params["seed"] >= 2**63:
             return self.answer(400, {"error": {"message": f"bad sampling params {sorted(set(params) ^ KEYS)}"}})
+        if params["n"] > 128:
+            return self.answer(400, {"error": {"message": "n must be at most the server's max_num_seqs"}})
         if len(body["token_ids"]) > 100:
             return self.answer(400, {"error": {"message": "the prompt is longer than max_model_len"}})
         with server.lock:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.rollouts.engines import (
+    ClonableEngine,
     EngineError,
     EngineTimeoutError,
     RolloutEngine,
@@ -117,12 +118,13 @@ def test_what_it_samples_is_what_the_llm_does(temperature, max_rows):
     model = tiny_model()
     engine, how = engine_of(model), SamplingConfig(8, temperature, 0.9, 30, 3, max_rows=max_rows)
     assert isinstance(engine, RolloutEngine)
+    assert not isinstance(engine, ClonableEngine)  # and so rollout.max_staleness is refused
     assert not has_exact_logprobs(engine)
     assert has_exact_logprobs(transformers(model))
     found, expected = (e.generate(PROMPTS, how, SEEDS) for e in (engine, transformers(model)))
     assert 0 < expected.truncated.sum() < len(expected)
     assert_same(found, expected)
-    assert FakeLLM.made[0].calls[2:] == ([4] if max_rows is None else [2, 2])
+    assert FakeLLM.made[0].calls[2:] == ([2, 2] if max_rows and temperature else [4])
 
 
 def test_the_llm_is_made_once_without_weights_and_with_its_log_probs_as_sampled():
@@ -141,6 +143,15 @@ def test_the_llm_is_made_once_without_weights_and_with_its_log_probs_as_sampled(
         "gpu_memory_utilization": 0.4,
         "max_model_len": 64,
     }
+
+
+def test_weights_made_in_validation_can_be_changed_in_training():
+    with torch.inference_mode():  # as Lightning validates
+        engine = engine_of(tiny_model())
+        engine.generate(PROMPTS, SAMPLING, SEEDS)
+    assert not any(x.is_inference() for x in FakeLLM.made[0].model.parameters())
+    engine.update_weights(tiny_model(seed=1), 8)
+    torch.testing.assert_close(FakeLLM.made[0].model.lm_head.weight, tiny_model(seed=1).lm_head.weight)
 
 
 def test_adapters_are_pushed_merged():

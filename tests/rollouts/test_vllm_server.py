@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from multiprocessing.util import _exit_function
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,17 @@ def test_greedy_completions_of_a_group_are_the_same():
     for x in (greedy.response_ids, greedy.behavior_logprobs):
         assert torch.equal(x[::3], x[1::3])
         assert torch.equal(x[::3], x[2::3])
+
+
+def test_a_large_group_is_asked_for_in_parts():
+    large = replace(SAMPLING, group_size=150)
+    with Fake(None) as server:
+        engine = found(server)
+        engine.update_weights(tiny_model(), 0)
+        rollout = engine.generate(PROMPTS[:2], large, SEEDS[:2])
+        engine.close()
+    assert rows_of(rollout) == expected(server.weights, large, PROMPTS[:2], SEEDS[:2])
+    assert sorted(body["sampling_params"]["n"] for path, body in server.asked[3:]) == [22, 22, 64, 64, 64, 64]
 
 
 def test_at_most_max_rows_completions_are_under_way():
@@ -372,9 +384,14 @@ def test_a_killed_trainer_leaves_no_server(start):
 def test_a_fork_of_the_trainer_ends_nothing(start):
     engine = start()
     engine.update_weights(tiny_model(), 0)
-    fork = multiprocessing.get_context("fork").Process(target=engine._held.close)
-    fork.start()
-    fork.join()
+    if (fork := os.fork()) == 0:
+        try:
+            _exit_function()  # what Python does at the end of a process
+            del engine
+            gc.collect()
+        finally:
+            os._exit(0)
+    os.waitpid(fork, 0)
     engine.generate(PROMPTS, SAMPLING, SEEDS)
     assert engine._held.processes[0].starts == 1
 

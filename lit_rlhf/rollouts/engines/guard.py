@@ -8,13 +8,16 @@ removed. Standard library only, in a session of its own: whatever the command ha
 from __future__ import annotations
 
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 
-GRACE = 5.0  # seconds to end by itself
+GRACE = 8.0  # seconds to end by itself
+OTHERS = 2.0  # seconds for what it has started, of which one removes the shared memory of the others
 
 
 def main() -> None:
@@ -24,9 +27,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: command.terminate())
     threading.Thread(target=_watch_starter, args=(command, orphaned), daemon=True).start()
     command.wait()
+    os.killpg(0, signal.SIGTERM)  # the command's own children; there is no command any more
+    deadline = time.monotonic() + OTHERS
+    while _others() and time.monotonic() < deadline:
+        time.sleep(0.02)
     if orphaned.is_set():
         shutil.rmtree(sys.argv[1], ignore_errors=True)
-    os.killpg(0, signal.SIGKILL)  # the command's own children, and this process
+    os.killpg(0, signal.SIGKILL)
 
 
 def _watch_starter(command: subprocess.Popen[bytes], orphaned: threading.Event) -> None:
@@ -38,6 +45,19 @@ def _watch_starter(command: subprocess.Popen[bytes], orphaned: threading.Event) 
         command.wait(GRACE)
     except subprocess.TimeoutExpired:
         command.kill()
+
+
+def _others() -> bool:
+    """Whether there is another process in this one's group, as far as Linux can tell."""
+    mine = os.getpid()
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group, *_ = stat.read_text().rpartition(")")[2].split()
+        except (OSError, ValueError):  # it has just ended
+            continue
+        if int(group) == mine != int(stat.parent.name) and state != "Z":
+            return True
+    return False
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.rollouts.engines.base import EngineError, EngineTimeoutError
 
 KEY = "VLLM_API_KEY"  # environment variable, read by vLLM's server and here; a key on a command line is seen by all
+_CONNECT = 20.0  # seconds
 _SHOWN = 300  # characters of a server's answer
 
 
@@ -62,8 +63,9 @@ class Server:
         headers = {"Content-Type": "application/json"}
         if os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-        connection = self.connection(self.host, self.port, timeout=max(timeout, 0.001))
+        connection = self.connection(self.host, self.port, timeout=_CONNECT)
         try:
+            self._connect(connection, timeout)
             connection.request(method, self.path + path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
             content = response.read().decode(errors="replace")
@@ -86,6 +88,15 @@ class Server:
             return json.loads(content)
         except ValueError:
             return None
+
+    def _connect(self, connection: http.client.HTTPConnection, timeout: float) -> None:
+        """Connect, soon or not at all; then the server has `timeout` seconds for each part of its answer."""
+        try:
+            connection.connect()
+        except OSError as error:
+            raise ServerGoneError(f"no connection: {type(error).__name__}: {error}") from None
+        assert connection.sock is not None
+        connection.sock.settimeout(max(timeout, 0.001))
 
     def is_up(self, timeout: float = 5.0) -> bool:
         """Whether it is ready to sample."""

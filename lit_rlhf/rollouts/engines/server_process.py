@@ -22,7 +22,7 @@ from lit_rlhf.rollouts.engines.http import Server
 _GUARD = Path(__file__).with_name("guard.py")
 _POLL = 0.2  # seconds between looks at a server that starts
 _LIVES = 3
-_GRACE = 10.0  # seconds that one takes to end, of which the guard gives it half
+_GRACE = 15.0  # seconds that one takes to end: more than its guard gives it
 
 
 class ServerProcess:
@@ -56,11 +56,16 @@ class ServerProcess:
         """Of the process group's leader."""
         return self._process.pid
 
-    def close(self) -> None:
-        """End it, and all that it has started."""
+    def let_go(self) -> None:
+        """Let it end, without waiting."""
         with self._lock:
             self._closed.set()
-            _end(self._process)
+            _let_go(self._process)
+
+    def close(self) -> None:
+        """End it, and all that it has started."""
+        self.let_go()
+        _end(self._process)
 
     def last_words(self) -> str:
         """The last line of its log that tells of an error, or the last one."""
@@ -111,10 +116,15 @@ def free_port(host: str) -> int:
         return port
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Let the guard see that nobody needs the server any more; then whatever is left of its group is killed."""
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """Let the guard see that nobody needs the server any more."""
     if process.stdin is not None:
         process.stdin.close()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the guard to end; then whatever is left of its group is killed."""
+    _let_go(process)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_GRACE)
     with contextlib.suppress(ProcessLookupError):

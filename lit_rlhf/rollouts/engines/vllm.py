@@ -34,6 +34,7 @@ ENVIRONMENT = {  # where the user has not set it otherwise
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without a GPU vLLM would take most of the memory
 }
+_SAMPLES = 64  # of a request at most: a server refuses more than it samples at a time
 _SEEDS = 2**62  # vLLM adds the sample's number to a prompt's seed, a signed integer of 64 bits
 
 
@@ -114,19 +115,25 @@ class VLLMBase(ABC):
         if self.policy is None or self._pushed is None:
             raise InputError("the engine has no weights to sample from: call update_weights(model, version) first")
         ids, mask = checked_prompts(self.policy, prompt_ids, sampling.max_new_tokens, self.pad_token_id)
-        seeds = seed_per_prompt(seed, len(ids))
-        arguments = [self._arguments(sampling, s) for s in seeds]
-        at_a_time = max(1, (sampling.max_rows or len(ids) * sampling.group_size) // sampling.group_size)
-        found = self._sample(prompt_ids, arguments, at_a_time)
-        samples = [group[min(g, len(group) - 1)] for group in found for g in range(sampling.group_size)]
+        seeds, count = seed_per_prompt(seed, len(ids)), 1 if sampling.temperature == 0 else sampling.group_size
+        firsts = range(0, count, _SAMPLES)
+        asked = [(p, self._arguments(sampling, s, x)) for p, s in zip(prompt_ids, seeds, strict=True) for x in firsts]
+        prompts, arguments = ([*x] for x in zip(*asked, strict=True))
+        rows = sampling.max_rows or len(ids) * count
+        found = self._sample(prompts, arguments, max(1, rows // min(count, _SAMPLES)))
+        samples = [sample for group in found for sample in group]
+        if count < sampling.group_size:  # vLLM refuses several greedy completions: they are all the same
+            samples = [sample for sample in samples for _ in range(sampling.group_size)]
         return self._rollout(ids, mask, samples, sampling.group_size)
 
-    def _arguments(self, sampling: SamplingConfig, seed: int) -> dict[str, Any]:
-        """Every argument that changes what is sampled, so that no default of vLLM's or of the model's ever applies."""
-        greedy = sampling.temperature == 0
+    def _arguments(self, sampling: SamplingConfig, seed: int, first: int) -> dict[str, Any]:
+        """Of a prompt's samples from `first` on: every argument that changes what is sampled.
+
+        So no default of vLLM's or of the model's ever applies. vLLM adds a sample's place in the request to the seed.
+        """
         return {
-            "n": 1 if greedy else sampling.group_size,  # vLLM refuses several greedy completions, all are the same
-            "seed": seed % _SEEDS,
+            "n": 1 if sampling.temperature == 0 else min(sampling.group_size - first, _SAMPLES),
+            "seed": seed % _SEEDS + first,
             "max_tokens": sampling.max_new_tokens,
             "min_tokens": 0,
             "temperature": sampling.temperature,
@@ -256,7 +263,11 @@ class VLLMEngine(VLLMBase):
     def _within(self, call: Callable[[], T]) -> T:
         """What vLLM returns; whatever it raises is one sentence, and it starts anew the next time."""
         try:
-            return within(self.timeout, call)
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # Lightning validates in inference mode, and vLLM's weights
+                return within(self.timeout, call)  # made there could not be changed outside
         except InputError:
             raise
         except TimedOut:

@@ -13,12 +13,12 @@ import socket
 import tempfile
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from http.client import NOT_FOUND
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -46,11 +46,10 @@ class _Held:
 
     processes: list[ServerProcess] = field(default_factory=list)
     folder: Path | None = None
-    owner: int = field(default_factory=os.getpid)
 
     def close(self) -> None:
-        if os.getpid() != self.owner:  # a fork of the process that holds them
-            return
+        for process in self.processes:
+            process.let_go()
         while self.processes:
             self.processes.pop().close()
         if self.folder is not None:
@@ -108,7 +107,6 @@ class VLLMServerEngine(VLLMBase):
         self._servers: list[Server] = []  # that sample; every rank knows them
         self._label = ""  # of the weights that were pushed last
         self._held = _Held()
-        weakref.finalize(self, self._held.close)  # also when Python ends
 
     def _check_found(self) -> None:
         if self.count != 1 or self.gpus is not None or self.options:
@@ -149,6 +147,7 @@ class VLLMServerEngine(VLLMBase):
         reports = gather_objects((error, [server.url for server in self._servers], self._label, socket.gethostname()))
         error, urls, self._label, machine = reports[0]
         if error is not None:
+            self.close()
             raise error
         self._servers = [Server(url) for url in urls]
         away = [report[-1] for report in reports if report[-1] != machine]
@@ -163,6 +162,7 @@ class VLLMServerEngine(VLLMBase):
             if self._folder is not None:
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._held.folder = Path(tempfile.mkdtemp(prefix="lit_rlhf-", dir=self._folder)).resolve()
+            Finalize(self, self._held.close, exitpriority=0)  # forgotten, or at the end of this process, forks excluded
             write_config(policy, self._held.folder, dtype)
         write_weights(checkpoint_of(policy, dtype), self._held.folder)
         if not self._servers and not self._found:
@@ -301,6 +301,9 @@ def _at_once(jobs: Sequence[tuple[Server, Callable[[], Any]]], threads: int) -> 
         except ServerGoneError as error:
             lost[job[0]] = error
 
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         list(pool.map(do, jobs))
+    finally:  # without waiting: whoever interrupts may have to end the servers first
+        pool.shutdown(wait=False, cancel_futures=True)
     return lost
