@@ -3,7 +3,7 @@
     python benchmarks/vllm_learning.py --rollouts 60 --seeds 1 2
 
 Run where vllm is installed (docs/vllm.md). Each run is `python -m lit_rlhf.train algo=grpo engine=... seed=N`, in a
-process of its own, with the same prompts and seeds. The policy is the shipped base model with heads twice as large, of 64,
+process of its own, with the same prompts and seeds. The policy is the shipped base model with heads twice as large, 64,
 which compute what the others did (`widened`). The server of engine=vllm_server is killed with SIGKILL halfway through.
 Printed are held-out accuracies before and after, the mismatch of the log-probs, and the seconds of a rollout.
 """
