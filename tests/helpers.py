@@ -1,6 +1,7 @@
 """Builders that the tests share: tiny models, random experience, and runs on two ranks."""
 
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,7 +204,11 @@ def forked_ddp(timeout):
     return DDPStrategy(start_method="fork", timeout=timedelta(seconds=timeout))
 
 
-FORKED = {"ddp": forked_ddp, "fsdp2": ForkedFSDP2}
+FORKED = {
+    "ddp": forked_ddp,
+    "fsdp2": ForkedFSDP2,
+    "fsdp2 in shards": partial(ForkedFSDP2, save_distributed_checkpoint=True),
+}
 
 
 def trainer(devices=1, accumulate=1, epochs=1, strategy="ddp", seconds=60, **extra):

@@ -24,13 +24,18 @@ def reported(algorithm, folder, adamw=False):
             return super().configure_optimizers() if adamw else torch.optim.SGD(trainable, 0.1)
 
         def publish(self, stats, extra=None):
-            self.published = {name: float(value) for name, value in stats.compute().items()}
+            values = {name: float(value) for name, value in stats.compute().items()}
+            if stats is self.stats:
+                self.published = values
+            else:
+                self.validated = values
             return super().publish(stats, extra)
 
         def on_fit_end(self):
             metrics = {name: value for name, value in self.published.items() if not name.startswith("perf/")}
             weights = {name: whole(x) for name, x in self.models.state_dict().items()}
             report = {"weights": weights, "metrics": metrics, "steps": self.global_step}
+            report["validated"] = getattr(self, "validated", {})
             torch.save(
                 report | {"loop": self.loop.to_plain()},
                 folder / f"{self.trainer.world_size}x{self.accumulate}-{self.rank}.pt",

@@ -23,13 +23,24 @@ def checkpointed(folder, **when):
     return ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **when)
 
 
-def fit_of(algorithm, arguments, rollouts, accumulate=1, seed=0, ckpt_path=None, callbacks=(), devices=1, rows=None):
+def fit_of(
+    algorithm,
+    arguments,
+    rollouts,
+    accumulate=1,
+    seed=0,
+    ckpt_path=None,
+    callbacks=(),
+    devices=1,
+    rows=None,
+    strategy="ddp",
+):
     """A run; `seed` decides the weights it begins with, before a checkpoint replaces them."""
     optimisation = {"lr": 1e-2, "lr_schedule": "linear", "warmup_steps": 2, "seed": 7, "reward_funcs": [first_is_even]}
     module = build(algorithm, tiny_model(seed=seed), **{**optimisation, **arguments})
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     saving = {"callbacks": list(callbacks), "enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()]}
-    fitter = trainer(devices, accumulate, rollouts, gradient_clip_val=1.0, **saving)
+    fitter = trainer(devices, accumulate, rollouts, strategy, gradient_clip_val=1.0, **saving)
     fitter.fit(module, datamodule=RowsDataModule(rows or demonstrations()), ckpt_path=ckpt_path)
     return module, fitter
 

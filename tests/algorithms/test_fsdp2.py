@@ -1,22 +1,30 @@
 """FSDP2 beyond the matrix: ranks that fare differently, shortcuts, adapters, other architectures, export, resume."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.ppo import PPO
+from lit_rlhf.algorithms.reward_modeling import RewardModeling
+from lit_rlhf.algorithms.sft import SFT
+from lit_rlhf.callbacks.hf_export import HFExport
+from lit_rlhf.data.modules import ArithmeticData
+from lit_rlhf.errors import InputError
 from lit_rlhf.models import forward
 from lit_rlhf.models.adapters import LoRA, add_lora
 from lit_rlhf.models.forward import Shortcuts
-from lit_rlhf.models.loading import checkpoint_activations
+from lit_rlhf.models.loading import checkpoint_activations, load_tokenizer
+from lit_rlhf.rewards import RewardModel
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.ranks import ONE_RANK_EMPTY, UNEVEN, assert_same_run, on_given_rows, reported, run, run_of_four
 from tests.algorithms.test_ddp import neither_rank_does, only_rank_0_tells_samples_apart
 from tests.algorithms.test_strategies import RUNS, assert_bit_equal, fit, module_of, start
-from tests.helpers import build, prompt_rows, tiny_model
+from tests.helpers import NumberTokenizer, build, prompt_rows, tiny_model, trainer
 
 # ranks that fare differently
 
@@ -129,3 +137,62 @@ def test_bfloat16(model, precision, tmp_path):
 def test_tied_embeddings_checkpointed_activations_and_adapters(model, name, tmp_path):
     expected = fit(name, tmp_path, 2, model=model)[0]
     assert_bit_equal(fit(name, tmp_path, 2, "fsdp2", model=model), expected)
+
+
+# what goes on beside the update
+
+
+def test_the_reference_of_a_sharded_policy_is_cached(tmp_path):
+    (ddp := tmp_path / "ddp").mkdir()
+    (fsdp2 := tmp_path / "fsdp2").mkdir()
+    expected = fit("DPO", tmp_path, 2, reference_cache=ddp)[0]
+    assert_bit_equal(fit("DPO", tmp_path, 2, "fsdp2", reference_cache=fsdp2), expected)
+    assert [file.name for file in fsdp2.iterdir()] == [file.name for file in ddp.iterdir()] != []
+
+
+def test_a_reward_model_in_shards_judges_in_training_and_validation(tmp_path):
+    """Three held-out prompts: a rank has fewer rows to judge than the other."""
+
+    def make():
+        torch.manual_seed(3)
+        judge = RewardModeling(policy="tiny").export_model()
+        judge = RewardModel(judge, tokenizer=load_tokenizer(), batch_size=1)
+        arguments = {"group_size": 2, "prompts_per_rollout": 4, "sampling": SamplingConfig(max_new_tokens=4)}
+        module = reported(GRPO, tmp_path)(policy="tiny", reward_funcs=[judge], **arguments)
+        module.models.shortcuts = Shortcuts(share_prompts=False)
+        return module
+
+    found = []
+    for strategy in ("ddp", "fsdp2"):
+        fitter = trainer(2, strategy=strategy, limit_val_batches=1.0)
+        fitter.fit(make(), datamodule=ArithmeticData(held_out=3, validation_batch_size=2))
+        found.append([torch.load(tmp_path / f"2x1-{rank}.pt", weights_only=True) for rank in range(2)])
+    expected = found[0][0]
+    assert "val/reward_sampled" in expected["validated"]
+    for report in found[1]:
+        for kind in ("metrics", "validated"):
+            assert report[kind] == pytest.approx(expected[kind], abs=1e-5)
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(report["weights"][name], weight, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "model"), [("SFT", tiny_model), ("RewardModeling", gpt2), ("SFT", adapted)])
+def test_the_model_that_is_left_is_whole(name, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(NumberTokenizer, "save_pretrained", lambda self, at: None, raising=False)
+    for strategy in ("ddp", "fsdp2"):
+        fit(name, tmp_path, 2, strategy, model, {"callbacks": [HFExport(tmp_path / strategy / "model")]})
+    files = sorted(file.relative_to(tmp_path / "ddp") for file in (tmp_path / "ddp").rglob("*") if file.is_file())
+    assert "model.safetensors" in [file.name for file in files]
+    for file in files:
+        found, expected = ((tmp_path / strategy / file).read_bytes() for strategy in ("fsdp2", "ddp"))
+        assert found == expected or file.name == "adapter_config.json", file  # which lists a set
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_other_ways_of_sharding_are_refused(strategy):
+    module = build(SFT)
+    module._trainer = SimpleNamespace(strategy=object.__new__(strategy))
+    with pytest.raises(
+        InputError, match=rf"trainer.strategy: {strategy.__name__} does not know these models; write tr"
+    ):
+        module.configure_model()

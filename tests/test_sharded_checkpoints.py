@@ -1,0 +1,132 @@
+"""Checkpoints of sharded runs: a file that any run could have written, or a folder of every rank's shards."""
+
+import pickle
+
+import pytest
+import torch
+
+from lit_rlhf import sharded_checkpoints
+from lit_rlhf.algorithms.ppo import PPO
+from lit_rlhf.algorithms.sft import SFT
+from lit_rlhf.checkpoints import AtomicCheckpointIO
+from lit_rlhf.errors import InputError
+from lit_rlhf.models.parallel import whole
+from lit_rlhf.sharded_checkpoints import is_sharded_checkpoint, load_merged, map_leaves
+from lit_rlhf.types import SamplingConfig
+from tests.algorithms.resuming import assert_same, checkpointed, everything, fit_of
+
+ROLLOUTS = {"group_size": 2, "prompts_per_rollout": 8, "minibatches": 2, "sampling": SamplingConfig(max_new_tokens=4)}
+CRITIC = {"value": "separate", "kl_coef": 0.1, "update_epochs": 1}
+RUNS = {"PPO": (PPO, {**ROLLOUTS, **CRITIC}), "SFT": (SFT, {"batch_size": 8})}
+STEP = 3
+
+
+def fit(name, folder, strategy, **resumed):
+    """A run with a checkpoint in its midst; what its second rank ended with."""
+
+    class Told(RUNS[name][0]):
+        def on_fit_end(self):
+            found = everything(self, self.trainer)
+            found = map_leaves(found, lambda x: whole(x) if isinstance(x, torch.Tensor) else x)
+            torch.save(found, folder / f"end-{self.rank}.pt")
+
+    Told.__name__ = name
+    saves = [checkpointed(folder, every_n_train_steps=STEP)]
+    fit_of(Told, RUNS[name][1], 3, devices=2, strategy=strategy, callbacks=saves, **resumed)
+    return torch.load(folder / "end-1.pt", weights_only=True)
+
+
+def checkpoint_in(folder):
+    return next(path for path in folder.iterdir() if f"step={STEP}" in path.name)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2 in shards"])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(name, strategy, tmp_path):
+    expected = fit(name, tmp_path, strategy)
+    path = checkpoint_in(tmp_path)
+    assert is_sharded_checkpoint(path) == (strategy != "fsdp2")
+    (tmp_path / "resumed").mkdir()
+    assert_same(fit(name, tmp_path / "resumed", strategy, ckpt_path=str(path), seed=5), expected)
+
+
+def test_put_together_it_is_the_file_that_ddp_writes(tmp_path):
+    """But for the rounding of the norm that gradients are clipped by; so whatever reads one reads the other."""
+    found = []
+    for strategy in ("ddp", "fsdp2", "fsdp2 in shards"):
+        (folder := tmp_path / strategy).mkdir()
+        fit("SFT", folder, strategy)
+        loaded = AtomicCheckpointIO().load_checkpoint(checkpoint_in(folder))
+        found.append({name: loaded[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "lit_rlhf")})
+    of_ddp, of_fsdp2, put_together = found
+    assert_same(put_together, of_fsdp2)
+    for name, weight in of_ddp["state_dict"].items():
+        torch.testing.assert_close(of_fsdp2["state_dict"][name], weight, atol=1e-5, rtol=0)
+    shapes = [{i: x["exp_avg"].shape for i, x in one["optimizer_states"][0]["state"].items()} for one in found]
+    assert shapes == [shapes[0]] * 3
+
+
+# folders that are not whole, or not honest
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """What two ranks with two rows each would have written."""
+    folder = tmp_path / "last.ckpt"
+    folder.mkdir()
+    torch.save({"lit_rlhf": {}}, folder / "rest.pt")
+    for rank in range(2):
+        shard = {"shard": torch.full((2, 3), float(rank)), "of": [4, 3]}
+        own = {"state_dict": {"weight": shard, "bias": torch.ones(1)}}
+        own["optimizer_states"] = [{"state": {0: {"m": shard}}}]
+        torch.save(own, folder / f"rank-{rank:05d}-of-00002.pt")
+    return folder
+
+
+def test_shards_one_behind_the_other_are_the_whole(saved):
+    expected = torch.tensor([0.0, 0.0, 1.0, 1.0]).unsqueeze(1).expand(4, 3)
+    merged = load_merged(saved)
+    assert torch.equal(merged["state_dict"]["weight"], expected)
+    assert torch.equal(merged["state_dict"]["bias"], torch.ones(1))
+    assert torch.equal(merged["optimizer_states"][0]["state"][0]["m"], expected)
+    assert merged["lit_rlhf"] == {}
+
+
+def test_a_missing_or_broken_file_is_a_sentence(saved):
+    second = saved / "rank-00001-of-00002.pt"
+    second.write_bytes(second.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"rank-00001-of-00002.pt is not a readable checkpoint"):
+        load_merged(saved)
+    second.unlink()
+    with pytest.raises(InputError, match=r"no whole checkpoint: it has 1 of 2 ranks' files"):
+        load_merged(saved)
+
+
+class Runs:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+@pytest.mark.parametrize("file", ["rest.pt", "rank-00001-of-00002.pt"])
+def test_nothing_in_a_folder_is_run(file, saved, capsys):
+    (saved / file).write_bytes(pickle.dumps(Runs()))
+    with pytest.raises(InputError, match="is not a readable checkpoint"):
+        load_merged(saved)
+    assert capsys.readouterr().out == ""
+
+
+def test_where_one_rank_cannot_write_all_say_so_and_the_one_before_is_kept(saved, monkeypatch):
+    def full(content, file):
+        raise OSError(28, "No space left on device")
+
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    monkeypatch.setattr(sharded_checkpoints, "write_durably", full)
+    with pytest.raises(InputError, match=r"could not be written \(.*No space left on device, on rank 0\)"):
+        sharded_checkpoints.save_sharded({"state_dict": {}}, saved, 0, 1)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+    monkeypatch.undo()
+    monkeypatch.setattr(sharded_checkpoints, "gather_objects", lambda own: [own, "[Errno 5] Input/output error"])
+    with pytest.raises(InputError, match=r"Input/output error, on rank 1"):
+        sharded_checkpoints.save_sharded({"state_dict": {}}, saved, 0, 2)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
