@@ -15,7 +15,7 @@ PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (  # lowest first; parts of one layer do not know each other
     {"errors"},
     {"signatures"},
-    {"types", "text", "functional", "config", "hub"},
+    {"types", "text", "functional", "config", "hub", "monitoring"},
     {"ranks"},
     {"registry"},
     {"metrics", "models"},
@@ -25,7 +25,7 @@ LAYERS = (  # lowest first; parts of one layer do not know each other
     {"callbacks", "loggers", "checkpoints", "strategies", "evaluation"},
     {"algorithms"},
     {"cli", "stages"},
-    {"train", "evaluate", "stage_results"},
+    {"train", "evaluate", "stage_results", "report"},
     {"pipeline", "export"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

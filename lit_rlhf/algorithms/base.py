@@ -16,7 +16,6 @@ from lit_rlhf.algorithms.nonfinite import NonFiniteSteps
 from lit_rlhf.algorithms.parts import Parts
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, default_lr, lr_factor
 from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
-from lit_rlhf.callbacks.gates import Healthy
 from lit_rlhf.callbacks.hooks import RLHFCallback
 from lit_rlhf.callbacks.lost_ranks import LostRanks
 from lit_rlhf.data.encoding import Encoder
@@ -28,6 +27,7 @@ from lit_rlhf.models.forward import Shortcuts
 from lit_rlhf.models.loading import check_generates, end_tokens, max_positions
 from lit_rlhf.models.parallel import whole
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
+from lit_rlhf.monitoring.gates import Healthy
 from lit_rlhf.ranks import gather_objects
 from lit_rlhf.rewards import DataRewards, Judges, RewardFunctions, reward_functions
 from lit_rlhf.rollouts.engines import EngineFactory, RolloutEngine, TransformersEngine

@@ -45,12 +45,12 @@ from lit_rlhf.algorithms.on_policy_stats import (
 from lit_rlhf.algorithms.proximal import is_found_in_update, not_scored_yet, to_score_again, with_found
 from lit_rlhf.algorithms.reward_scaling import RewardArgs, RewardScaling
 from lit_rlhf.algorithms.target_kl import TargetKL
-from lit_rlhf.callbacks.gates import Healthy
 from lit_rlhf.errors import check_choice
 from lit_rlhf.functional.shaping import add_scores
 from lit_rlhf.models.parallel import local
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.models.wrapper import ValueKind
+from lit_rlhf.monitoring.gates import Healthy
 from lit_rlhf.ranks import whiten_over_ranks
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss, has_ratio
 from lit_rlhf.rollouts.ahead import EndsWithFit, RolloutsAhead

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lit_rlhf.callbacks.gates import GATES, Gate, Healthy, Track, plain, tracks_from
 from lit_rlhf.callbacks.hooks import RLHFCallback
+from lit_rlhf.monitoring.gates import GATES, Gate, Healthy, Track, plain, tracks_from
 
 
 @dataclass
@@ -27,18 +29,22 @@ class Finding:
 
 
 class StabilityMonitor(RLHFCallback):
-    """Looks at every rollout's metrics through the gates of `callbacks.gates`.
+    """Looks at every rollout's metrics through the gates of `monitoring.gates`.
 
     A gate that finds something prints it, sends a W&B alert and remembers it, once, and again if it comes back. It
     judges by medians over ten rollouts, and says nothing where all is well.
 
     Args:
         patience: rollouts in a row that a gate has to find something in.
-        bounds: other bounds than the algorithm's, by the names of `callbacks.gates.Healthy`.
+        bounds: other bounds than the algorithm's, by the names of `monitoring.gates.Healthy`.
+        file: the findings are written there as JSON, for the report.
     """
 
-    def __init__(self, patience: int = 5, bounds: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, patience: int = 5, bounds: Mapping[str, Any] | None = None, file: str | Path | None = None
+    ) -> None:
         self.patience, self.bounds = patience, dict(bounds or {})
+        self.file = None if file is None else Path(file)
         self.findings: list[Finding] = []
         self._tracks: dict[str, Track] = {}
         self._since: dict[str, int] = {}  # of gates that have found something lately, the rollout that it began with
@@ -51,8 +57,12 @@ class StabilityMonitor(RLHFCallback):
             self._tracks.setdefault(name, Track()).add(value)
         iteration = int(values["rollout/iteration"])
         healthy = Healthy(**{**asdict(getattr(module, "healthy", Healthy())), **self.bounds})
+        before = [asdict(finding) for finding in self.findings]
         for gate in GATES:
             self._look(gate, healthy, iteration, trainer)
+        now = [asdict(finding) for finding in self.findings]
+        if now != before and self.file is not None and trainer.is_global_zero:
+            self.file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
 
     def _look(self, gate: Gate, healthy: Healthy, iteration: int, trainer: Trainer) -> None:
         tracks = [self._tracks[name] for name in gate.needs if name in self._tracks]

@@ -11,8 +11,8 @@ from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.rloo import RLOO
-from lit_rlhf.callbacks.gates import GATES, Healthy
 from lit_rlhf.callbacks.stability_monitor import StabilityMonitor
+from lit_rlhf.monitoring.gates import GATES, Healthy
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.resuming import fit_of
 from tests.helpers import prompt_rows

@@ -1,0 +1,154 @@
+"""`report.html`: all that a run left, on a page that loads nothing; looked at by a real browser where there is one."""
+
+import csv
+import html
+import json
+import re
+import shutil
+import subprocess
+from xml.etree import ElementTree
+
+import pytest
+
+from lit_rlhf.errors import InputError
+from lit_rlhf.monitoring.charts import HEIGHT, Chart, Line, thinned, ticks, y_range
+from lit_rlhf.monitoring.page import CURVES, write_report
+from lit_rlhf.monitoring.run_folder import RunFolder
+from tests.runs import fork
+
+EVIL = '<script>document.title = "ran"</script>&"quoted"'
+FINDING = {"gate": "kl", "since": 3, "says": "it moves 0.2 nats", "advice": "lower algo.lr", "until": None}
+
+
+def leave_run(folder, rollouts=30, findings=(), prompt="2+2=", completion="4"):
+    """A run's folder as training leaves it."""
+    (folder / "config").mkdir(parents=True)
+    names = ["epoch", "step", "rollout/iteration", "reward/reward_mean", "stability/approx_kl", "val/accuracy_sampled"]
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        rows = csv.DictWriter(file, names)
+        rows.writeheader()
+        rows.writerow({"step": 0, "val/accuracy_sampled": 0.25})
+        for n in range(1, rollouts + 1):
+            rows.writerow(
+                {"step": 4 * n, "rollout/iteration": n, "reward/reward_mean": n / 100, "stability/approx_kl": 0.01}
+            )
+        rows.writerow({"step": 4 * rollouts, "val/accuracy_sampled": 0.75})
+    sample = {"prompt": prompt, "completion": completion, "reward": 1.0, "tokens": 2, "finish": "stop"}
+    lines = [json.dumps({**sample, "rollout": n}) for n in (0, rollouts - 1)]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "config" / "config.yaml").write_text("algo: {_target_: lit_rlhf.algorithms.grpo.GRPO}\n")
+    (folder / "config" / "overrides.yaml").write_text("- algo=grpo\n- ++algo.lr=1e-4\n- ++reward.funcs=[a.b]\n")
+    (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0"}))
+    (folder / "findings.json").write_text(json.dumps(list(findings)))
+    return folder
+
+
+def test_the_page_holds_what_the_run_left(tmp_path):
+    text = write_report(leave_run(tmp_path / "run", findings=[FINDING])).read_text()
+    for expected in (
+        "<h1>GRPO</h1>",
+        "30 rollouts or passes · held-out accuracy 0.250 → 0.750",
+        "<b>kl</b>, since rollout 3: it moves 0.2 nats.<br>Try: lower algo.lr.",
+        "<h3>Rollout 0</h3>",
+        "<h3>Rollout 29</h3>",
+        "python -m lit_rlhf.train algo=grpo algo.lr=1e-4 &#x27;reward.funcs=[a.b]&#x27;",
+        "<td>torch</td><td>2.13.0</td>",
+        "<td>val/accuracy_sampled</td><td>0.25</td><td>0.75</td>",
+    ):
+        assert expected in text, expected
+    assert text.count("<figure") == 3
+    assert "found nothing wrong" not in text
+
+
+def test_a_healthy_run_says_so(tmp_path):
+    assert "The stability monitor found nothing wrong." in write_report(leave_run(tmp_path / "run")).read_text()
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tmp_path):
+    text = write_report(leave_run(tmp_path / "run", prompt=EVIL, completion=EVIL)).read_text()
+    assert "<script" not in text
+    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|https?://", text)
+    assert text.count("&lt;script&gt;") == 4
+
+
+def test_a_run_continued_in_its_folder_is_one_curve(tmp_path):
+    folder = leave_run(tmp_path / "run", rollouts=3)
+    (folder / "metrics.1.csv").write_text("step,rollout/iteration,reward/reward_mean\n1,-1,0.5\n")
+    (folder / "metrics.2.csv").write_text("step,rollout/iteration,reward/reward_mean\n2,0,nan\n")
+    line = RunFolder.read(folder).line("reward/reward_mean")
+    assert (line.x, line.y) == ([-1, 1, 2, 3], [0.5, 0.01, 0.02, 0.03])
+
+
+def test_no_run_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"is no run's folder: it has no metrics.csv"):
+        write_report(tmp_path)
+
+
+def test_a_chart_is_drawn_to_scale():
+    svg = ElementTree.fromstring(Chart("t", [Line("a", [0, 5, 10], [0.0, 1.0, 0.5])], (0.2, 0.4)).svg())
+    points = [tuple(map(float, p.split(","))) for p in svg.find("polyline").get("points").split()]
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y0 - y1 == pytest.approx(2 * (y2 - y1), abs=0.3), "higher values stand higher"
+    band = svg.find("rect")
+    top, height = float(band.get("y")), float(band.get("height"))
+    assert height == pytest.approx(0.2 * (y0 - y1), abs=0.3)
+    assert top == pytest.approx(y0 - 0.4 * (y0 - y1), abs=0.3)
+    assert all(0 <= y <= HEIGHT for _, y in points)
+
+
+@pytest.mark.parametrize("ys", [[0.0], [3.0, 3.0], [-2.0], [1e-9, 2e-9], [1e12, -1e12]])
+def test_any_values_give_a_chart(ys):
+    low, high = y_range(ys, (0.0, 0.1))
+    assert low < min(ys) <= max(ys) < high
+    assert 2 <= len(ticks(low, high)) <= 7
+    ElementTree.fromstring(Chart("t", [Line("a", list(range(len(ys))), ys)], (0.0, 0.1)).svg())
+
+
+def test_long_curves_are_averaged_and_keep_their_end():
+    line = thinned(Line("a", list(range(10_000)), [float(x % 2) for x in range(10_000)]))
+    assert len(line.x) <= 301
+    assert (line.x[-1], line.y[-1]) == (9999, 1.0)
+    assert max(abs(y - 0.5) for y in line.y[:-1]) < 0.02
+
+
+def test_curves_have_one_title_each():
+    assert len({title for title, _, _ in CURVES}) == len(CURVES)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_report(tmp_path):
+    arguments = ["algo=grpo", "preset=null", "algo.prompts_per_rollout=4", "algo.group_size=2", "trainer.max_epochs=2"]
+    arguments += ["data.held_out=4", "logger.wandb=null", "callbacks.progress=null", f"hydra.run.dir={tmp_path}/run"]
+    ended = fork(*arguments, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "held-out accuracy" in text, "the last validation is in it"
+    assert "<h3>Rollout 1</h3>" in text
+    assert "<td>threads</td>" in text
+    assert "algo.group_size=2" in text
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_it_without_complaint_and_without_scrolling_sideways(tmp_path, width):
+    """In a frame of this width, and measured from outside of it."""
+    page = write_report(leave_run(tmp_path / "run", findings=[FINDING], completion="x" * 500)).read_text()
+    frame = f'<iframe width="{width}" height="900" srcdoc="{html.escape(page)}"></iframe>'
+    measure = "const d=document.querySelector('iframe').contentDocument,e=d.documentElement;"
+    measure += "document.title=[e.scrollWidth,e.clientWidth,d.querySelectorAll('svg').length].join()"
+    (tmp_path / "frame.html").write_text(f"<title></title>{frame}<script>onload=()=>{{{measure}}}</script>")
+    command = [BROWSER, *FLAGS.split(), f"--user-data-dir={tmp_path}/profile", "--window-size=1400,1000"]
+    command += ["--enable-logging=stderr", "--dump-dom", f"file://{tmp_path}/frame.html"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in shown.stderr
+    wide, shows, charts = map(int, re.search(r"<title>(\d+),(\d+),(\d+)</title>", shown.stdout).groups())
+    assert width - 20 <= shows == wide
+    assert charts == 3
