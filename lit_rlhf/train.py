@@ -31,7 +31,7 @@ _ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
     "engine.stop_token_ids": "rollout.stop=[...]",
     "engine.pad_token_id": "tokenizer=...",
 }
-_TOP_LEVEL_KINDS = {"validate_first": (bool,), "ckpt_path": (str, type(None))}
+_TOP_LEVEL_KINDS = {"validate_first": (bool,), "dry_run": (bool,), "ckpt_path": (str, type(None))}
 _NEEDED = ("algo", "data", "engine", "model", "reward", "rollout", "trainer")  # groups that every run instantiates
 _GIVEN = ("policy", "tokenizer", "reward_funcs", "sampling", "engine", "seed")  # what `train` hands to the algorithm
 
@@ -42,6 +42,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     Returns:
         The last metrics that callbacks can monitor, and the objects by name.
     """
+    from lit_rlhf.callbacks.plan import DryRunError
     from lit_rlhf.rollouts.engines import close_engine
 
     cli.start(cfg)
@@ -51,16 +52,18 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     trainer = instantiate(
         cfg.trainer,
         callbacks=[instantiate(callback) for callback in (cfg.get("callbacks") or {}).values() if callback],
-        logger=[instantiate(logger) for logger in (cfg.get("logger") or {}).values() if logger],
+        logger=[instantiate(logger) for logger in (cfg.get("logger") or {}).values() if logger and not cfg.dry_run],
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     try:
-        if cfg.validate_first and not cfg.ckpt_path:
+        if cfg.validate_first and not cfg.ckpt_path and not cfg.dry_run:
             trainer.validate(module, datamodule=data, verbose=False)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
         if module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
+    except DryRunError:
+        pass
     finally:
         close_engine(module.engine)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

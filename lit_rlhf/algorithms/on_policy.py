@@ -118,7 +118,10 @@ class OnPolicyModule(RLHFModule):
     needs_reference: ClassVar[bool] = False  # also without a KL coefficient
     needs_exact_kl: bool = False  # for a term of the algorithm's own
     hyper_parameters: ClassVar[tuple[str, ...]] = ()  # the subclass's own, offered by name to estimator and loss
-    progress_keys = ("reward/reward_mean", "reward/accuracy", "stability/entropy")
+    progress_keys = (
+        *("reward/reward_mean", "reward/accuracy", "stability/approx_kl", "stability/entropy"),
+        "perf/tokens_per_second",
+    )
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = ON_POLICY_STATS
 
     def __init__(

@@ -9,6 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+_NAMES = {  # a line has little room
+    "reward/reward_mean": "reward",
+    "reward/accuracy": "accuracy",
+    "stability/approx_kl": "kl",
+    "stability/entropy": "entropy",
+    "perf/tokens_per_second": "tokens/s",
+}
+
 
 class RolloutProgressBar(ProgressBar):
     """A bar over the epochs of the fit, one per rollout, with the module's `progress_keys`.
@@ -58,7 +66,7 @@ class RolloutProgressBar(ProgressBar):
     def _show(self, trainer: Trainer, done: int) -> None:
         if self._bar is None or done <= self._bar.n:
             return
-        shown = {k.split("/")[-1]: f"{float(v):.3f}" for k, v in trainer.progress_bar_metrics.items()}
+        shown = {_NAMES.get(k, k.split("/")[-1]): _short(v) for k, v in trainer.progress_bar_metrics.items()}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(done - self._bar.n)
         total = self._bar.total
@@ -71,3 +79,9 @@ class RolloutProgressBar(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _short(value: Any) -> str:
+    """Three decimals of what is small, none of what is large."""
+    number = float(value)
+    return f"{number:.3f}" if abs(number) < 100 else f"{number:.0f}"

@@ -52,8 +52,10 @@ def test_each_line_shows_the_reward_and_the_accuracy_of_the_rollout_just_done(tm
     assert [(m["name"], m["done"], m["total"]) for m in found[:3]] == [("GRPO", str(i), "3") for i in (1, 2, 3)]
     assert [row["rollout/iteration"] for row in logged] == [1, 2, 3]
     for match, row in zip(found, logged, strict=False):
-        expected = {"reward_mean": "reward/reward_mean", "accuracy": "reward/accuracy", "entropy": "stability/entropy"}
-        assert numbers(match) == {name: f"{row[key]:.3f}" for name, key in expected.items()}
+        expected = {"reward": "reward/reward_mean", "accuracy": "reward/accuracy", "entropy": "stability/entropy"}
+        shown = {name: f"{row[key]:.3f}" for name, key in {**expected, "kl": "stability/approx_kl"}.items()}
+        rate = row["perf/tokens_per_second"]
+        assert numbers(match) == {**shown, "tokens/s": f"{rate:.0f}" if rate >= 100 else f"{rate:.3f}"}
     assert len({row["reward/reward_mean"] for row in logged}) == 3, "equal rollouts would prove nothing"
 
 
