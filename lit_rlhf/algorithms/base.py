@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from lit_rlhf.algorithms.nonfinite import NonFiniteSteps
@@ -272,7 +272,7 @@ class RLHFModule(LightningModule):
     # -- optimisation ----------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Shard the models where the strategy is FSDP2; Lightning calls this before it asks for the optimiser.
+        """Shard the models where the strategy does; Lightning calls this before it asks for the optimiser.
 
         Raises:
             InputError: a strategy that would shard them in another way.
@@ -281,6 +281,8 @@ class RLHFModule(LightningModule):
         if isinstance(strategy, FSDP2Strategy):
             self.models.shard(strategy.device_mesh)
             self.judges.shard(strategy.device_mesh)  # they have all reward functions
+        elif isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+            self.models.shard(None)
         elif isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise InputError(
                 f"trainer.strategy: {type(strategy).__name__} does not know these models; write trainer=fsdp2 (in "

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from lit_rlhf.algorithms.base import LossAggregation
@@ -183,6 +184,11 @@ def check_loop(module: OnPolicyModule) -> None:
     """Refuse batch sizes that do not divide over ranks and micro-batches, and limits that cut rollouts."""
     if module.rewards is None:
         raise InputError(NO_REWARDS)
+    if module.target_kl.target is not None and isinstance(module.trainer.strategy, DeepSpeedStrategy):
+        raise InputError(
+            "algo.target_kl leaves optimiser steps out, and DeepSpeed takes every one; leave it out, or write "
+            "trainer=fsdp2"
+        )
     limit = module.trainer.limit_train_batches
     if isinstance(limit, int) or limit != 1.0:  # 1 is one batch, 1.0 is all of them
         raise InputError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from lit_rlhf.models.parallel import is_sharded
+from lit_rlhf.models.parallel import in_zero3, is_sharded
 
 _found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -20,9 +20,9 @@ def output_layer(model: nn.Module) -> nn.Linear | None:
     """The linear layer whose outputs on `model.base_model`'s last hidden states are the model's logits, if there is.
 
     There is none in models that scale or cap their logits, that carry hooks, or adapters on the output layer, or that
-    are compiled as a whole. The model is run once, on a few tokens, to see.
+    are compiled as a whole or held by DeepSpeed. The model is run once, on a few tokens, to see.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or in_zero3(model):
         return None
     head = model.get_output_embeddings()
     hooks = (m._forward_hooks or m._forward_pre_hooks for m in (model, head))

@@ -1,6 +1,7 @@
-"""FSDP2: a rank holds its share of the weights, and a layer whole for as long as it computes with it.
+"""Sharded models: a rank holds its share of the weights, and a layer whole for as long as it computes with it.
 
-    fully_shard(each decoder layer); then what is left: embeddings, norm, output layer
+    FSDP2: fully_shard(each decoder layer); then what is left: embeddings, norm, output layer
+    DeepSpeed's ZeRO-3: every weight, by DeepSpeed itself
 
 Forward and backward passes are collectives then: ranks run as many of them, in the same order. Sampling is none. It
 runs in a plain copy of the policy whose weights are gathered for the while, at the speed of a whole model, and ranks
@@ -55,11 +56,21 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a pass of the model is a collective."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or in_zero3(model)
+
+
+def in_zero3(model: nn.Module) -> bool:
+    """Whether DeepSpeed holds the weights, which are empty outside of the forward pass of the module they belong to."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def whole(x: Tensor) -> Tensor:
     """The tensor of which `x` is a shard, or `x`. Every rank has to call it."""
+    if hasattr(x, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([x]):
+            return x.detach().clone()
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -91,7 +102,7 @@ class Blank:
         plain = [*self.module.parameters(), *self.module.buffers()]
         try:
             for mine, theirs in zip(plain, [*sharded.parameters(), *sharded.buffers()], strict=True):
-                found = whole(theirs.detach())
+                found = whole(theirs).detach()
                 if keep:
                     mine.data = found if device is None else found.to(device)
                 del found

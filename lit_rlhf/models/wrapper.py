@@ -71,8 +71,11 @@ class PolicyReferenceValue(nn.Module):
             self.reference.eval()
         return self
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Hold every weight in shards from now on, one on each rank of the mesh; see `models.parallel`. Once."""
+    def shard(self, mesh: DeviceMesh | None) -> None:
+        """Hold every weight in shards from now on, one on each rank of the mesh; see `models.parallel`. Once.
+
+        Without a mesh be ready for DeepSpeed to do it.
+        """
         if self._blanks:
             return
         for model in (self.policy, self.reference):
@@ -80,7 +83,8 @@ class PolicyReferenceValue(nn.Module):
                 output_layer(model)  # it looks with a pass of its own
         parts = {"policy": self.policy, "value_head": self.value_head}
         self._blanks = {name: Blank(part) for name, part in parts.items() if part is not None}
-        shard(self, mesh)
+        if mesh is not None:
+            shard(self, mesh)
 
     @contextmanager
     def gathered(self, device: str | None = None, keep: bool = True) -> Iterator[None]:
