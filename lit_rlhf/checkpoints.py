@@ -15,6 +15,7 @@ from lit_rlhf.sharded_checkpoints import is_sharded_checkpoint, load_merged, syn
 
 _LAST = "checkpoints/last.ckpt"  # of a run folder
 _DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")  # the end of a run folder's path that the user did not choose
+_NEEDED = ("state_dict", "loops", "epoch", "global_step", "pytorch-lightning_version")
 _HANDED_OVER = ".temp.ckpt"  # bare weights, in which Lightning's forked or spawned ranks return what they have learnt
 
 
@@ -62,6 +63,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise InputError(
                 f"ckpt_path: {path} is not a checkpoint of lit_rlhf; give one of the run folder's checkpoints/"
             )
+        if ours and (missing := [name for name in _NEEDED if name not in loaded]):
+            raise InputError(f"ckpt_path: {path} is no whole checkpoint, {missing[0]!r} is missing; give another")
         return loaded
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -12,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
+from lit_rlhf.confidential import check_no_secrets
 from lit_rlhf.config import conf_dir, prepare_arguments
 from lit_rlhf.errors import InputError
+from lit_rlhf.failing import fail
 
 
 def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[DictConfig], None]) -> None:
@@ -30,7 +37,7 @@ def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[D
 
     Args:
         name: of the entry point and its yaml file.
-        check: raises an `InputError` for what `run` could not use, from the plain, unresolved configuration.
+        check: raises an `InputError` for what `run` could not use, from the plain configuration.
         run: does the work and prints what it found.
     """
     sys.path.insert(0, str(Path.cwd()))
@@ -41,11 +48,17 @@ def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[D
         fail(str(error))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin are ten times slower on a busy core
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands exceptions on, instead of printing them itself
+    composed = False
 
     def task(cfg: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         try:
-            plain: Any = OmegaConf.to_container(cfg, resolve=False)
-            check(plain)
+            check_no_secrets(OmegaConf.to_container(cfg, resolve=False))
+            check_no_secrets(OmegaConf.to_container(HydraConfig.get().job.env_set), "hydra.job.env_set")
+            check(_resolved(cfg))
+            _check_writable(run_folder())
             run(cfg)
         except Exception as error:
             sentence, lost = _input_error(error), str(error).startswith("rank ")  # see `callbacks.lost_ranks`
@@ -55,8 +68,10 @@ def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[D
 
     try:
         hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(task)()
-    except SystemExit as stop:  # Hydra exits with 1 where it cannot read the command line
-        sys.exit(2 if stop.code == 1 and "torch" not in sys.modules else stop.code)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        if composed:
+            raise
+        fail(_not_composed(error))
 
 
 def primary(name: str) -> dict[str, Any]:
@@ -68,6 +83,44 @@ def primary(name: str) -> dict[str, Any]:
 def run_folder() -> str:
     """The folder of this run, where all that it leaves behind lies."""
     return str(HydraConfig.get().runtime.output_dir)
+
+
+def _check_writable(folder: str) -> None:
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"hydra.run.dir: {folder} cannot be written to ({error.strerror}); give another") from None
+
+
+def save_config(cfg: DictConfig, folder: str | Path) -> None:
+    """Write what the run was started with to `config/` in its folder, in Hydra's files, but not before it begins.
+
+    Where a run is continued in its own folder, what that was started with is kept as `config.1`, `config.2` and so on.
+    """
+    from lit_rlhf.loggers import keep_aside
+
+    keep_aside(Path(folder, "config"))
+    files = {"config": cfg}
+    if HydraConfig.initialized():
+        own = HydraConfig.get()
+        files |= {"hydra": OmegaConf.create({"hydra": own}), "overrides": own.overrides.task}
+    Path(folder, "config").mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        Path(folder, "config", f"{name}.yaml").write_text(OmegaConf.to_yaml(content), encoding="utf-8")
+
+
+def recorded(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration for loggers and reports: resolved, but for what comes from the environment."""
+    OmegaConf.register_new_resolver("oc.env", _left_as_it_is, replace=True)
+    try:
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+    return dict(plain)
+
+
+def _left_as_it_is(*arguments: Any) -> str:
+    return f"${{oc.env:{','.join(map(str, arguments))}}}"
 
 
 def start(cfg: DictConfig) -> None:
@@ -85,8 +138,24 @@ def start(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
 
 
+def build(cfg: DictConfig, key: str, kind: type | tuple[type, ...], **given: Any) -> Any:
+    """What the node `key` of the configuration describes.
+
+    Raises:
+        InputError: it is not of that kind.
+    """
+    node = OmegaConf.select(cfg, key)
+    found = instantiate(node, **given)
+    if not isinstance(found, kind):
+        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise InputError(f"{key}._target_={node.get('_target_')} makes a {type(found).__name__}; expected a {names}")
+    return found
+
+
 def build_tokenizer(node: DictConfig | str | None) -> Any:
     """The tokenizer that `tokenizer=` asks for: a name or path, None, or what a node with a `_target_` builds."""
+    if isinstance(node, DictConfig) and "_target_" not in node:
+        raise InputError("tokenizer: give a name, a path or a node with a _target_, and this has none")
     return node if isinstance(node, str) else instantiate(node)
 
 
@@ -138,13 +207,35 @@ def _input_error(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, InputError) or type(error).__name__ == "MisconfigurationException":
             return str(error)
-        if isinstance(error, InstantiationException) and isinstance(error.__cause__, (ValueError, ImportError)):
-            return str(error.__cause__)
+        if isinstance(error, InstantiationException) and (sentence := _not_built(error)) is not None:
+            return sentence
         error = error.__cause__ or error.__context__
     return None
 
 
-def fail(sentence: str, code: int = 2) -> None:
-    """End the process with what went wrong; the code is 2 where the user got it wrong."""
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
-    sys.exit(code)
+def _not_built(error: InstantiationException) -> str | None:
+    """The sentence for arguments that what a `_target_` names refuses; None where our own code has failed."""
+    cause, key = error.__cause__, str(error).rpartition("full_key: ")[2]
+    if isinstance(cause, (ValueError, ImportError)):
+        return str(cause)
+    frames = () if cause is None else traceback.walk_tb(cause.__traceback__)
+    ours = any(str(frame.f_globals.get("__name__")).startswith("lit_rlhf.") for frame, _ in frames)
+    return f"{key}: {cause}" if isinstance(cause, (TypeError, AttributeError)) and not ours else None
+
+
+def _resolved(cfg: DictConfig) -> Any:
+    """The plain configuration, with the value of every interpolation."""
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}; give it a value") from error
+
+
+def _not_composed(error: Exception) -> str:
+    """The sentence for what Hydra refuses before anything runs: of its own, of yaml and of the folder of the run."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename} cannot be used ({error.strerror}); give another hydra.run.dir"
+    if isinstance(error, yaml.YAMLError):
+        return f"a yaml file cannot be read: {error}"
+    lines = [line for said in (error, error.__cause__) for line in str(said or "").splitlines()]
+    return " ".join(line for line in lines if line and not line[0].isspace() and not line.endswith(":"))

@@ -66,13 +66,15 @@ def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> l
     Raises:
         InputError: an unknown group, choice or key, with the nearest valid one.
     """
-    groups, top_level = _groups(primary["defaults"]), set(primary) - {"defaults"}
+    groups, top_level = _groups(primary["defaults"], _folders(arguments)), set(primary) - {"defaults"}
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     implied = _implied({key.lstrip("+"): value for key, _, value in (a.partition("=") for a in arguments)}, groups)
     prepared = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         key, equals, value = argument.partition("=")
         head = re.split("[./@]", key.lstrip("+"))[0]
+        if key.startswith("~") and key[1:] in {*groups, *top_level} - {*_WITHOUT}:
+            raise InputError(f"{argument}: nothing runs without it; choose {key[1:]}=...")
         if (
             head == "hydra" or key.startswith(("-", "~")) or (not equals and before.startswith("-"))
         ):  # a flag, or its value
@@ -88,6 +90,7 @@ def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> l
         if key in groups:
             _check_choices(key, value.split(","), groups[key], sweep)
         if key.lstrip("+") in _PATHS and not sweep:
+            _check_home(key, value)
             argument = f"{key}={quoted(value)}"
         if key.lstrip("+") == "data.prompt_template":
             argument = argument.replace("\\n", "\n")  # quotes of a shell leave both characters
@@ -95,7 +98,14 @@ def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> l
     return implied + prepared
 
 
-def _groups(defaults: Iterable[str | Mapping[str, Any]]) -> dict[str, list[str]]:
+def _folders(arguments: Sequence[str]) -> list[Path]:
+    """Where yaml files may be: our own, and the folder of the user's that `--config-dir` names."""
+    words = " ".join(arguments).replace("--config-dir=", "--config-dir ").split(" ")
+    named = [after for word, after in zip(words, words[1:], strict=False) if word in ("--config-dir", "-cd")]
+    return [conf_dir(), *map(Path, named)]
+
+
+def _groups(defaults: Iterable[str | Mapping[str, Any]], folders: Sequence[Path]) -> dict[str, list[str]]:
     """The groups of a defaults list and their choices: yaml files, those in folders as `folder/name`.
 
     A folder in a group that the list has an entry of its own for, as `debug/steps`, is nothing to choose from.
@@ -104,9 +114,9 @@ def _groups(defaults: Iterable[str | Mapping[str, Any]]) -> dict[str, list[str]]
     listed = [entry.removeprefix("optional ") for entry in entries if not entry.startswith("override ")]
     groups = {}
     for group in (name for name in listed if "/" not in name):
-        files = [file.relative_to(conf_dir()).with_suffix("") for file in (conf_dir() / group).rglob("*.yaml")]
+        files = [f.relative_to(folder).with_suffix("") for folder in folders for f in (folder / group).rglob("*.yaml")]
         kept = [file for file in files if file.parent.as_posix() not in {*listed} - {group}]
-        groups[group] = sorted(file.relative_to(group).as_posix() for file in kept)
+        groups[group] = sorted({file.relative_to(group).as_posix() for file in kept})
     return groups
 
 
@@ -136,6 +146,13 @@ def quoted(path: str) -> str:
     return "'" + doubled.replace("'", "\\'") + "'"
 
 
+def _check_home(key: str, path: str) -> None:
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{key}={path}: there is no user of that name") from None
+
+
 def _check_choices(group: str, choices: Sequence[str], known: Sequence[str], sweep: bool) -> None:
     for choice in choices:
         if choice not in known:
@@ -147,9 +164,14 @@ def _check_choices(group: str, choices: Sequence[str], known: Sequence[str], swe
 def check_top_level(config: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
     """Check the keys that stand in no group: their types, and the range of those that every entry point has."""
     for key, allowed in {**_SHARED_KINDS, **kinds}.items():
+        if key not in config:
+            raise InputError(f"{key!r} is missing; give {key}=...")
         if type(config[key]) not in allowed:
             names = ["null" if kind is type(None) else kind.__name__ for kind in allowed]
             raise InputError(f"{key!r} must be {' or '.join(names)}, got {config[key]!r}")
+    for name in config["plugins"]:
+        if not (isinstance(name, str) and all(part.isidentifier() for part in name.split("."))):
+            raise InputError(f"plugins: {name!r} is no module; give import paths, [my_package.my_losses]")
     if not 0 <= config["seed"] < 2**32:
         raise InputError(f"seed must be from 0 to {2**32 - 1}, got {config['seed']}")
     if config["threads"] is not None and config["threads"] < 1:

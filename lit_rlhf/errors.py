@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
 
 class InputError(ValueError):
@@ -20,8 +22,10 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def check_number(name: str, value: float, *, at_least: float | None = None, above: float | None = None) -> None:
-    """Raise an `InputError` unless `value` is finite and not too small."""
+def check_number(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> None:
+    """Raise an `InputError` unless `value` is a finite number and not too small."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise InputError(f"{name} must be a finite number, got {value}")
     if at_least is not None and value < at_least:

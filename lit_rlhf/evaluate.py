@@ -14,7 +14,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lit_rlhf import __version__, cli
 from lit_rlhf.config import check_config, check_elsewhere, check_targets, check_top_level
@@ -44,26 +44,18 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
         `value`, `low` and `high` (95 %, by prompt), `prompts` and `samples`.
     """
     cli.start(cfg)
+    from lit_rlhf.data.modules import RowsDataModule
     from lit_rlhf.evaluation import Candidate, check_same_vocabulary, evaluate_rows
-    from lit_rlhf.models.loading import check_generates
     from lit_rlhf.models.wrapper import tokenizer_for
-    from lit_rlhf.rewards import Judges, RewardFunctions
     from lit_rlhf.rollouts.sampler import OPPONENT
     from lit_rlhf.types import SamplingConfig
 
     device = _device(cfg.device)
-    data = instantiate(cfg.data)
+    data = cli.build(cfg, "data", RowsDataModule)
     rows = _rows(data, cfg.rows)[: cfg.limit]
-    policy = instantiate(cfg.model).to(device)
-    check_generates(policy, "model.path")
-    if cfg.ckpt_path:
-        _load_policy(policy, cfg.ckpt_path)
-    sampling: SamplingConfig = instantiate(cfg.rollout, group_size=cfg.samples)
-    judge = RewardFunctions(cfg.judge) if cfg.judge else None
-    judges = Judges(instantiate(cfg.reward), data.reward_funcs) or Judges(judge)
-    for functions in (judges, judge):
-        if functions is not None:
-            functions.check(rows)
+    policy = _policy(cfg).to(device)
+    sampling = cli.build(cfg, "rollout", SamplingConfig, group_size=cfg.samples)
+    judges, judge = _judges(cfg, data, rows, device)
     tokenizer = tokenizer_for(policy, cli.build_tokenizer(cfg.tokenizer))
     candidate = Candidate(policy, tokenizer, judges, sampling, seed=cfg.seed)
     reference = opponent = None
@@ -77,7 +69,8 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
     for reader in [candidate] if opponent is None else [candidate, opponent]:
         rows, found = reader.fitting(rows, data.long_rows)
         too_long += found
-    with Path(folder, "samples.jsonl").open("w", encoding="utf-8") as file:
+    samples = Path(folder, ".samples.jsonl.part")  # what an earlier evaluation has left stays until this one is done
+    with samples.open("w", encoding="utf-8") as file:
         metrics = evaluate_rows(
             candidate,
             rows,
@@ -93,6 +86,8 @@ def evaluate(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
     settings = {"sampling": sampled, "ks": _ks(cfg), "rewards": judges.names, "judge": cfg.judge}
     report = _described(cfg, policy, settings) | {"metrics": metrics}
     report["data"] |= {"prompts": len(rows), "too_long": too_long, "long_rows": data.long_rows}
+    cli.save_config(cfg, folder)
+    samples.replace(Path(folder, "samples.jsonl"))
     Path(folder, "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return report
 
@@ -102,6 +97,18 @@ def _rows(data: Any, which: str) -> list[dict[str, Any]]:
     if not rows:
         raise InputError(f"rows={which} of the data are none; give the other of {', '.join(_ROWS)}")
     return rows
+
+
+def _judges(cfg: DictConfig, data: Any, rows: list[dict[str, Any]], device: Any) -> tuple[Any, Any]:
+    """What scores the completions, and what decides who wins if that is another."""
+    from lit_rlhf.rewards import Judges, RewardFunctions
+
+    judge = RewardFunctions(cfg.judge) if cfg.judge else None
+    judges = Judges(instantiate(cfg.reward), data.reward_funcs) or Judges(judge)
+    for functions in (judges, judge):
+        if functions is not None:
+            functions.to(device).check(rows)
+    return judges, judge
 
 
 def _ks(cfg: DictConfig) -> list[int]:
@@ -121,8 +128,20 @@ def _device(name: str | None) -> Any:
         raise InputError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def _policy(cfg: DictConfig) -> Any:
+    from torch import nn
+
+    from lit_rlhf.models.checks import check_generates
+
+    policy = cli.build(cfg, "model", nn.Module)
+    check_generates(policy, "model.path")
+    if cfg.ckpt_path:
+        _load_policy(policy, cfg.ckpt_path)
+    return policy
+
+
 def _second_model(cfg: DictConfig, name: str) -> Any:
-    from lit_rlhf.models.loading import check_generates
+    from lit_rlhf.models.checks import check_generates
 
     try:
         model = instantiate(cfg[name])
@@ -137,6 +156,7 @@ def _second_model(cfg: DictConfig, name: str) -> Any:
 def _load_policy(policy: Any, ckpt_path: str) -> None:
     """Give `policy` the weights that a checkpoint of a run has for it."""
     from lit_rlhf.checkpoints import AtomicCheckpointIO
+    from lit_rlhf.models.checks import check_finite
 
     prefix = "models.policy."
     saved = AtomicCheckpointIO().load_checkpoint(ckpt_path)["state_dict"]
@@ -152,6 +172,7 @@ def _load_policy(policy: Any, ckpt_path: str) -> None:
             f"({len(different)} weights differ, the first is {different[0]})"
         )
     policy.load_state_dict(weights)
+    check_finite(policy, "ckpt_path", ckpt_path)
 
 
 def _described(cfg: DictConfig, policy: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +180,7 @@ def _described(cfg: DictConfig, policy: Any, settings: dict[str, Any]) -> dict[s
     import torch
     import transformers
 
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    plain = cli.recorded(cfg)
     return {
         "model": {
             **plain["model"],
@@ -199,6 +220,8 @@ def check_evaluation(config: Mapping[str, Any]) -> None:
     check_choice("rows", config["rows"], _ROWS)
     check_targets(config, ("model", "data", "reward", "rollout"))
     check_elsewhere(config, {"rollout.group_size": "samples=..."})
+    if config["rollout"].get("max_staleness"):
+        raise InputError("'rollout.max_staleness' would have no effect: nothing is trained here; leave it out")
     if config["judge"] is not None and config["against"]["path"] is None:
         raise InputError("judge decides who wins, and there is nobody to win against; give against.path=...")
     absent = [name for name in ("reference", "against") if config[name].get("path") is None]

@@ -85,7 +85,7 @@ class Candidate:
     ) -> None:
         self.policy, self.tokenizer, self.judges = policy.eval(), tokenizer, judges
         self.sampling, self.seed, self.stage = sampling, seed, stage
-        self.encoder = Encoder(tokenizer, end_tokens(policy, tokenizer))
+        self.encoder = Encoder(tokenizer, end_tokens(policy, tokenizer), vocabulary_size(policy))
         self.engine = engine_for(policy, tokenizer, sampling.stop)
         self.engine.update_weights(policy, 0)
 

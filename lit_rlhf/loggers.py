@@ -30,13 +30,13 @@ def csv_logger(save_dir: str | Path) -> CSVLogger:
     A file that is there already, of a run that is continued in its own folder, is kept as `metrics.1.csv`,
     `metrics.2.csv` and so on.
     """
-    _keep(Path(save_dir) / "metrics.csv")
+    keep_aside(Path(save_dir) / "metrics.csv")
     return CSVLogger(save_dir, name="", version="", flush_logs_every_n_steps=1)
 
 
 @rank_zero_only
-def _keep(file: Path) -> None:
-    """Rename a file that exists to the first free number."""
+def keep_aside(file: Path) -> None:
+    """Rename a file or folder that exists to the first free number."""
     if file.exists():
         names = (file.with_name(f"{file.stem}.{i}{file.suffix}") for i in itertools.count(1))
         file.rename(next(name for name in names if not name.exists()))

@@ -26,8 +26,10 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf import cli
+from lit_rlhf.confidential import check_no_secrets
 from lit_rlhf.config import nearest, prepare_arguments, quoted
 from lit_rlhf.errors import InputError
+from lit_rlhf.failing import fail
 from lit_rlhf.stage_results import draw, results_of, table
 from lit_rlhf.stages import STAGES, Stage, plan, split_arguments
 from lit_rlhf.train import check_run as check_training
@@ -127,6 +129,7 @@ def check_stage(stage: Stage) -> None:
             raise InputError(f"{swept[0].lstrip('+')} are several values; only the choices of pipeline can be swept")
         cli.check_grammar(overrides)
         plain: Any = OmegaConf.to_container(compose("train", overrides), resolve=False)
+        check_no_secrets(plain)
         check_training(plain)
         for key in ("path", "validation_path"):
             file = Path(str(plain["data"].get(key) or ".")).expanduser()
@@ -141,6 +144,7 @@ def _pipeline(cfg: DictConfig, shared: Sequence[str], of_stage: Mapping[str, Seq
     stages = plan(cfg.pipeline, shared, of_stage, folder)
     for stage in stages:
         check_stage(stage)
+    cli.save_config(cfg, folder)
     results = run_stages(stages)
     (folder / "pipeline.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
@@ -156,7 +160,7 @@ def main() -> None:
     try:
         sys.argv[1:], shared, of_stage = split_arguments(sys.argv[1:])
     except InputError as error:
-        cli.fail(str(error))
+        fail(str(error))
     cli.main("pipeline", check_choices, lambda cfg: _pipeline(cfg, shared, of_stage))
 
 

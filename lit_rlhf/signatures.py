@@ -19,8 +19,9 @@ _SIMPLE = {
     "bool": (bool,),
     "str": (str,),
     "Path": (str,),
-    "Sequence[int]": (list,),
 }
+_LISTS = ("Sequence", "Iterable", "list", "tuple")
+_MAPPINGS = ("Mapping", "dict")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -51,12 +52,9 @@ class Signature:
             if self.open:
                 return
             raise InputError(f"unknown key '{path}.{key}'{nearest(key, self.parameters)}")
-        kinds, nullable = _simple_kinds(self.parameters[key])
-        allowed = tuple(t for kind in kinds for t in _SIMPLE.get(kind, ()))
         self._check_inside(key, value, path)
-        fits = isinstance(value, allowed) and not (isinstance(value, bool) and "bool" not in kinds)
-        interpolated = isinstance(value, str) and "${" in value
-        if kinds and not fits and not interpolated and not (value is None and nullable):
+        if not (isinstance(value, str) and "${" in value) and not _may_be(value, self.parameters[key]):
+            kinds = [name for part in _parts(self.parameters[key]) if (name := ast.unparse(part)) != "None"]
             raise InputError(
                 f"'{path}.{key}' must be {' or '.join(kinds)}, got {'null' if value is None else repr(value)}"
             )
@@ -119,7 +117,7 @@ def _is_dataclass(node: ast.ClassDef) -> bool:
 
 def _settings(annotation: ast.expr | None, module: str) -> Signature | None:
     """The signature of the dataclass that an annotation such as `LoRA | Mapping[str, Any] | None` names."""
-    for name in _parts(annotation):
+    for name in map(ast.unparse, _parts(annotation)):
         found = _find(f"{module}.{name}") if name.isidentifier() and name not in (*_SIMPLE, "None") else None
         if found is not None and isinstance(found[0], ast.ClassDef) and _is_dataclass(found[0]):
             return _of_class(found[0], found[1])
@@ -170,20 +168,39 @@ def _parse(module: str) -> ast.Module | None:
     return None
 
 
-def _simple_kinds(annotation: ast.expr | None) -> tuple[list[str], bool]:
-    """`["int", "float"]` of an annotation made of simple types only, else nothing; and whether None is allowed."""
-    if annotation is None:
-        return [], True
-    parts = _parts(annotation)
-    kinds, nullable = [part for part in parts if part != "None"], "None" in parts
-    return (kinds if all(kind in _SIMPLE for kind in kinds) else []), nullable
+def _fits(value: Any, kind: ast.expr) -> bool | None:
+    """Whether a plain value can be what an annotation names; None where that cannot be told here."""
+    if isinstance(kind, ast.Constant) and kind.value is None:
+        return value is None
+    if isinstance(kind, ast.Name) and kind.id in _SIMPLE:
+        return type(value) in _SIMPLE[kind.id]
+    if isinstance(kind, ast.Subscript):
+        of, inside = ast.unparse(kind.value), kind.slice
+        if of in _LISTS and isinstance(value, list):
+            given = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+            if len(given) == 1 or ast.unparse(given[-1]) == "...":
+                given = given[:1] * len(value)
+            return len(given) == len(value) and all(map(_may_be, value, given))
+        if of in (*_LISTS, *_MAPPINGS):
+            return of in _MAPPINGS and isinstance(value, Mapping)
+    return None
 
 
-def _parts(annotation: ast.expr | None) -> list[str]:
-    """`["int", "None"]` of `int | None`, `Optional[int]` or either in quotes."""
+def _may_be(value: Any, annotation: ast.expr | None) -> bool:
+    fits = [_fits(value, kind) for kind in _parts(annotation)]
+    return not fits or any(fit is not False for fit in fits)
+
+
+def _parts(annotation: ast.expr | None) -> list[ast.expr]:
+    """The alternatives of an annotation: two of `int | None`, `Optional[int]` or either in quotes."""
     if annotation is None:
         return []
-    text = str(annotation.value if isinstance(annotation, ast.Constant) else ast.unparse(annotation))
-    optional = text.startswith("Optional[")
-    inner = text.removeprefix("Optional[").removesuffix("]") if optional else text
-    return [part.strip() for part in inner.split("|")] + ["None"] * optional
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        return _parts(ast.parse(annotation.value, mode="eval").body)
+    if isinstance(annotation, ast.BinOp):
+        return _parts(annotation.left) + _parts(annotation.right)
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) in ("Optional", "Union"):
+        inside = annotation.slice
+        parts = [part for x in (inside.elts if isinstance(inside, ast.Tuple) else [inside]) for part in _parts(x)]
+        return parts + [ast.Constant(None)] * (ast.unparse(annotation.value) == "Optional")
+    return [annotation]

@@ -62,13 +62,18 @@ class Stage:
             InputError: they trained with other arguments.
         """
         file = self.folder / "stage.json"
-        new = {"algorithm": self.algorithm, "arguments": self._portable, "seconds": 0.0, "finished": False}
-        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else new
-        if found["arguments"] == self._portable:
+        new: dict[str, Any] = {
+            "algorithm": self.algorithm,
+            "arguments": self._portable,
+            "seconds": 0.0,
+            "finished": False,
+        }
+        found = _read(file, "remove that folder to run the stage anew") if file.exists() else new
+        if found.get("arguments") == self._portable:
             return found
-        if not found["finished"] and not self.checkpoint.exists():
+        if not found.get("finished") and not self.checkpoint.exists():
             return new  # nothing was trained
-        changed = " ".join(sorted({*found["arguments"]} ^ {*self._portable}))
+        changed = " ".join(sorted(set(found.get("arguments") or ()) ^ {*self._portable}))
         raise InputError(
             f"the stage {self.name} in {self.folder} was made with other arguments (they differ in {changed}): "
             f"give another hydra.run.dir, or remove that folder to make it and all after it anew"
@@ -240,13 +245,24 @@ def _check_choice(name: str, choice: Any, arguments: Sequence[str]) -> None:
 
 def _check_kind(name: str, config: Path) -> None:
     """Refuse a policy where a reward model should stand, and the other way round, as far as the files say it."""
-    written = json.loads(config.read_text())
+    written = _read(config, f"give pipeline.{name} another model")
     kinds, labels = written.get("architectures") or [], written.get("id2label") or {"0": "", "1": ""}
     judges = any(kind.endswith("ForSequenceClassification") for kind in kinds)
     if kinds and judges != (name == REWARD_MODEL):
         raise InputError(f"pipeline.{name}: the model in {config.parent} is a {kinds[0]}, which is of no use there")
     if name == REWARD_MODEL and judges and len(labels) != 1:
         raise InputError(f"pipeline.{name}: the model in {config.parent} has {len(labels)} labels; one is needed")
+
+
+def _read(file: Path, instead: str) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}); {instead}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{file} cannot be read (it holds no object); {instead}")
+    return found
 
 
 def _check_data(name: str, kept: Sequence[str], everything: Sequence[str]) -> None:

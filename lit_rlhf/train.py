@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf import cli
 from lit_rlhf.config import check_config, check_elsewhere, check_targets, check_top_level, signature_of
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, check_number
 
 _ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
     "algo.policy": "model.path=...",
@@ -32,6 +32,8 @@ _ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
     "engine.pad_token_id": "tokenizer=...",
 }
 _TOP_LEVEL_KINDS = {"validate_first": (bool,), "dry_run": (bool,), "ckpt_path": (str, type(None))}
+_SMALLEST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
+_POSITIVE = ("val_check_interval", "limit_train_batches")
 _NEEDED = ("algo", "data", "engine", "model", "reward", "rollout", "trainer")  # groups that every run instantiates
 _GIVEN = ("policy", "tokenizer", "reward_funcs", "sampling", "engine", "seed")  # what `train` hands to the algorithm
 
@@ -42,20 +44,28 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     Returns:
         The last metrics that callbacks can monitor, and the objects by name.
     """
+    from lightning.pytorch import Callback, LightningDataModule, Trainer
+    from lightning.pytorch.loggers import Logger
+
     from lit_rlhf.callbacks.plan import DryRunError
     from lit_rlhf.rollouts.engines import close_engine
 
     cli.start(cfg)
     cfg.ckpt_path = resolved(cfg.ckpt_path)
-    data = instantiate(cfg.data)
+    data = cli.build(cfg, "data", LightningDataModule)
     module = build_module(cfg)
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=[instantiate(callback) for callback in (cfg.get("callbacks") or {}).values() if callback],
-        logger=[instantiate(logger) for logger in (cfg.get("logger") or {}).values() if logger and not cfg.dry_run],
+    loggers = [] if cfg.dry_run else _present(cfg.get("logger"))
+    trainer = cli.build(
+        cfg,
+        "trainer",
+        Trainer,
+        callbacks=[cli.build(cfg, f"callbacks.{name}", Callback) for name in _present(cfg.get("callbacks"))],
+        logger=[cli.build(cfg, f"logger.{name}", Logger) for name in loggers],
     )
+    if trainer.is_global_zero and not cfg.dry_run:
+        cli.save_config(cfg, cli.run_folder())
     for logger in trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        logger.log_hyperparams(cli.recorded(cfg))
     try:
         if cfg.validate_first and not cfg.ckpt_path and not cfg.dry_run:
             trainer.validate(module, datamodule=data, verbose=False)
@@ -76,18 +86,22 @@ def build_module(cfg: DictConfig) -> Any:
     Raises:
         InputError: it describes something else.
     """
+    from torch import nn
+
     from lit_rlhf.algorithms.base import RLHFModule
     from lit_rlhf.models.wrapper import tokenizer_for
+    from lit_rlhf.rewards import DataRewards, RewardFunctions
+    from lit_rlhf.types import SamplingConfig
 
-    policy = instantiate(cfg.model)
+    policy = cli.build(cfg, "model", nn.Module)
     algorithm = instantiate(cfg.algo, _partial_=True, **_functions(cfg.algo))
     if not (isinstance(algorithm.func, type) and issubclass(algorithm.func, RLHFModule)):
         raise InputError(f"algo._target_={cfg.algo._target_} is no algorithm, that is no class made from RLHFModule")
     return algorithm(
         policy=policy,
         tokenizer=tokenizer_for(policy, cli.build_tokenizer(cfg.tokenizer)),
-        reward_funcs=instantiate(cfg.reward),
-        sampling=instantiate(cfg.rollout),
+        reward_funcs=cli.build(cfg, "reward", (RewardFunctions, DataRewards)),
+        sampling=cli.build(cfg, "rollout", SamplingConfig),
         engine=instantiate(cfg.engine, _partial_=True),
         seed=cfg.seed,
     )
@@ -111,7 +125,17 @@ def check_run(config: Mapping[str, Any]) -> None:
             "without trainer.precision"
         )
     check_elsewhere(config, _ELSEWHERE)
+    if config["ckpt_path"] in ("", "best", "hpc"):  # words of Lightning's for other things
+        raise InputError(f"ckpt_path={config['ckpt_path']} is no file; give a checkpoint, or last for the newest")
     check_config(config)
+    for name, value in config["trainer"].items():  # which Lightning takes, and divides by or turns the gradient around
+        if isinstance(value, (int, float)) and name in (*_SMALLEST, *_POSITIVE):
+            check_number(f"trainer.{name}", value, at_least=_SMALLEST.get(name), above=0 if name in _POSITIVE else None)
+
+
+def _present(group: DictConfig | None) -> list[str]:
+    """The names in an optional group that were not set to null."""
+    return [str(name) for name, node in (group or {}).items() if node]
 
 
 def _run(cfg: DictConfig) -> None:

@@ -59,15 +59,16 @@ def new_process(*arguments, cwd, command=("-m", "lit_rlhf.train"), **environment
     return Finished(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 
 
-def fork(*arguments, cwd, main=main):
-    """Run an entry point in a fork of this process, which pays for the imports once."""
+def fork(*arguments, cwd, main=main, seconds=120):
+    """Run an entry point in a fork of this process, which pays for the imports once; a hang is killed and told."""
     _import_everything()
     out, err = Path(cwd, ".out"), Path(cwd, ".err")
     process = multiprocessing.get_context("fork").Process(target=_forked, args=(main, arguments, cwd, out, err))
     process.start()
-    process.join(timeout=120)
+    process.join(seconds)
     if process.exitcode is None:
         process.kill()
+        process.join()
         raise TimeoutError(err.read_text())
     return Finished(process.exitcode, out.read_text(), err.read_text())
 

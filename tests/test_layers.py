@@ -15,8 +15,8 @@ PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (  # lowest first; parts of one layer do not know each other
     {"errors"},
     {"signatures"},
-    {"types", "text", "functional", "config", "hub", "monitoring"},
-    {"ranks"},
+    {"types", "text", "functional", "config", "hub", "monitoring", "confidential"},
+    {"ranks", "failing"},
     {"registry"},
     {"metrics", "models"},
     {"rewards"},

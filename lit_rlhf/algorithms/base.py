@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.algorithms.nonfinite import NonFiniteSteps
 from lit_rlhf.algorithms.parts import Parts
-from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_learning_rate, default_lr, lr_factor
+from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_betas, check_learning_rate, default_lr, lr_factor
 from lit_rlhf.algorithms.validation import VALIDATION_STATS, validation_stats
 from lit_rlhf.callbacks.hooks import RLHFCallback
 from lit_rlhf.callbacks.lost_ranks import LostRanks
@@ -23,8 +23,9 @@ from lit_rlhf.errors import InputError, check_choice, check_number
 from lit_rlhf.functional import aggregate, aggregation_unit
 from lit_rlhf.metrics import Cells, MaskedStats
 from lit_rlhf.models.adapters import is_adapted, lora_settings, merged
+from lit_rlhf.models.checks import check_generates
 from lit_rlhf.models.forward import Shortcuts
-from lit_rlhf.models.loading import check_generates, end_tokens, max_positions
+from lit_rlhf.models.loading import end_tokens, max_positions, vocabulary_size
 from lit_rlhf.models.parallel import whole
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
 from lit_rlhf.monitoring.gates import Healthy
@@ -33,7 +34,7 @@ from lit_rlhf.rewards import DataRewards, Judges, RewardFunctions, reward_functi
 from lit_rlhf.rollouts.engines import EngineFactory, RolloutEngine, TransformersEngine
 from lit_rlhf.rollouts.loader import PromptLoader, step_counts
 from lit_rlhf.rollouts.sampler import TRAINING, engine_for, prompt_seeds, scored
-from lit_rlhf.rollouts.state import LoopState, check_resumable, check_same_model, rewind_to_step
+from lit_rlhf.rollouts.state import LoopState, check_optimizer, check_resumable, check_same_model, rewind_to_step
 from lit_rlhf.strategies import FSDP2Strategy
 from lit_rlhf.text import Text
 from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Rollout, Row, SamplingConfig, ScoredRollout
@@ -128,8 +129,7 @@ class RLHFModule(LightningModule):
         check_number("algo.warmup_steps", warmup_steps, at_least=0)
         check_number("algo.weight_decay", weight_decay, at_least=0)
         check_number("algo.validation_samples", validation_samples, at_least=1)
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise InputError(f"algo.betas must be two numbers from 0 to below 1, got {list(betas)}")
+        check_betas(betas)
         check_choice("algo.lr_schedule", lr_schedule, DECAY)
         self.tokenizer = tokenizer_for(policy, tokenizer)
         self.models = PolicyReferenceValue(policy, reference=reference, value=value, value_std=value_std)
@@ -151,8 +151,9 @@ class RLHFModule(LightningModule):
         self.rewards = given if isinstance(given, RewardFunctions) else None
         self.reward_timeout = given.timeout  # seconds, of the data module's own, too
         self.judges = Judges(self.rewards)  # and, from `setup` on, the data module's own: validation scores with them
-        self.encoder = Encoder(self.tokenizer, end_tokens(self.models.policy, self.tokenizer))
-        self.engine = engine_for(self.models.policy, self.tokenizer, self.sampling.stop, engine)
+        ours = self.models.policy
+        self.encoder = Encoder(self.tokenizer, end_tokens(ours, self.tokenizer), vocabulary_size(ours))
+        self.engine = engine_for(ours, self.tokenizer, self.sampling.stop, engine)
         self.loop = LoopState()
         self.validated_at = -1  # global step
         self.stats = MaskedStats(self.stats_spec)
@@ -459,8 +460,10 @@ class RLHFModule(LightningModule):
         saved = checkpoint.get("lit_rlhf")
         check_resumable(saved, type(self).__name__, self.run_shape, self.world_size)
         check_same_model(checkpoint["state_dict"], self.state_dict())
+        if self._trainer is not None and self.trainer.strategy.lightning_restore_optimizer:
+            check_optimizer(checkpoint)
         own = checkpoint["lit_rlhf"]["ranks"][self.rank]
-        self.loop = LoopState.from_plain(own["loop"])
+        self.loop = LoopState.from_plain(own.get("loop"))
         rewind_to_step(self.loop, checkpoint, self.accumulate)
         for name, statistics in own["counted"].items():
             self.stats.extend([name], statistics)

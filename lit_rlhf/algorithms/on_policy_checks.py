@@ -23,6 +23,7 @@ _SCALAR_LOSS = (
     "the policy loss returns a scalar, which is used as it is: with micro-batches or ranks of unequal lengths their "
     "tokens weigh differently; return [N, T] and algo.loss_agg averages them exactly"
 )
+_MOST_COMPLETIONS = 10_000_000  # more are a slip of the hand, and would fill the memory before anything is said
 GROUP_ESTIMATORS = ("group_normalize", "rloo")  # meaningless with one sample per prompt
 
 
@@ -30,6 +31,11 @@ def check_arguments(module: OnPolicyModule) -> None:
     """Refuse arguments that cannot be trained with; warn of those that train something else than they seem to."""
     for name in ("group_size", "prompts_per_rollout", "minibatches", "update_epochs"):
         check_number(f"algo.{name}", getattr(module, name), at_least=1)
+    if (completions := module.prompts_per_rollout * module.group_size) > _MOST_COMPLETIONS:
+        raise InputError(
+            f"algo.prompts_per_rollout={module.prompts_per_rollout} x algo.group_size={module.group_size} are "
+            f"{completions} completions in one rollout, more than {_MOST_COMPLETIONS}; give smaller ones"
+        )
     check_number("algo.truncation_penalty", module.truncation_penalty)
     check_choice("algo.entropy", module.entropy, ("full", "none"))
     check_number("algo.entropy_coef", module.entropy_coef)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.adapters import base_size, is_adapted
 
 _TABLE = ((1e9, 5e-6, 1e-5), (10e9, 1e-6, 5e-6), (70e9, 5e-7, 1e-6), (math.inf, 1e-7, 5e-7))  # parameters below, range
@@ -94,3 +95,10 @@ def check_learning_rate(lr: float | None, policy: nn.Module) -> None:
             f"leave it out for {recommended:.2g}",
             stacklevel=5,
         )
+
+
+def check_betas(betas: Any) -> None:
+    """Raise an `InputError` for what AdamW's betas cannot be."""
+    given = list(betas) if isinstance(betas, Sequence) else []
+    if len(given) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in given):
+        raise InputError(f"algo.betas must be two numbers from 0 to below 1, got {given or betas}")

@@ -44,15 +44,14 @@ def conventional(value: Any, where: str, columns: Mapping[str, str] | None = Non
         raise InputError(f"{where}: the last message of 'prompt' has the role {last!r}; expected the user's")
     for column in COMPLETIONS:
         completion = row.get(column)
-        if completion is not None and isinstance(completion, list) != isinstance(row["prompt"], list):
+        if completion is None:
+            continue
+        if isinstance(completion, list) != isinstance(row["prompt"], list):
             kinds = f"'prompt' is {kind_of(row['prompt'])} and {column!r} is {kind_of(completion)}"
             raise InputError(f"{where}: {kinds}; expected two texts, or two lists of chat messages")
-        if isinstance(completion, list):
-            _check_text(completion, column, where)
-            if (first := completion[0]["role"]) != "assistant":
-                raise InputError(
-                    f"{where}: the first message of {column!r} has the role {first!r}; expected 'assistant'"
-                )
+        _check_text(completion, column, where)
+        if isinstance(completion, list) and (first := completion[0]["role"]) != "assistant":
+            raise InputError(f"{where}: the first message of {column!r} has the role {first!r}; expected 'assistant'")
     if row.get("chosen") is not None and row.get("rejected") is not None:
         check_margin(row.get("margin"), where)
     return row
@@ -125,9 +124,21 @@ def check_completions(rows: Sequence[Row], columns: Sequence[str], who: str) -> 
         needed = " and ".join(f"a text {column!r}" for column in columns)
         given = ", ".join(sorted(name for name, value in unfit[0].items() if value is not None))
         raise InputError(f"{who} needs {needed} in every row; {len(unfit)} of {len(rows)} have not, only {given}")
+    check_substance(rows, columns, who)
+
+
+def check_substance(rows: Sequence[Row], columns: Sequence[str], who: str) -> None:
+    """Refuse rows with completions of which nothing can be learnt: one that is empty, or pairs that never differ.
+
+    Raises:
+        InputError: there are some.
+    """
     for column in columns:
         if empty := sum(_is_empty(row[column]) for row in rows):
             raise InputError(f"{who}: {column!r} is empty in {empty} of {len(rows)} rows; leave them out of the data")
+    if len(columns) > 1 and rows and all(row[column] == row[columns[0]] for row in rows for column in columns):
+        names = " and ".join(map(repr, columns))
+        raise InputError(f"{who}: {names} are the same in all of {len(rows)} rows; give pairs that differ")
 
 
 def is_text(value: Any) -> bool:
@@ -203,6 +214,8 @@ def _check_text(value: Any, column: str, where: str) -> None:
     """Refuse what is neither a text nor chat messages, and what is empty."""
     if not is_text(value):
         raise InputError(f"{where}: {column!r} is {kind_of(value)}; expected a text or a list of chat messages")
+    if isinstance(value, str):
+        _check_characters(value, column, where)
     for message in value if isinstance(value, list) else ():
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise InputError(
@@ -213,10 +226,20 @@ def _check_text(value: Any, column: str, where: str) -> None:
             raise InputError(
                 f"{where}: a message of {column!r} has the role {message.get('role')!r}; known: {', '.join(_ROLES)}"
             )
+        _check_characters(message["content"], column, where)
     if column == "prompt" and _is_empty(value):
         raise InputError(f"{where}: 'prompt' is empty; expected some text")
     if value == []:
         raise InputError(f"{where}: {column!r} has no messages; expected the assistant's")
+
+
+def _check_characters(text: str, column: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a pair of surrogates, as an escape in JSON can make
+        raise InputError(
+            f"{where}: {column!r} has {text[error.start]!r} at {error.start}, which is no character; leave it out"
+        ) from None
 
 
 def _described(message: Any) -> str:

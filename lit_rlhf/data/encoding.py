@@ -24,14 +24,15 @@ class Encoder:
     Args:
         tokenizer: a Hugging Face tokenizer.
         eos_token_ids: what may end a completion, the first where it has none.
+        vocabulary: how many ids the model can read; None where that is not known.
 
     Attributes:
         truncate: cut what exceeds a limit, instead of refusing it: the beginning of a prompt behind its BOS, and the
             end of a completion, which then has no EOS.
     """
 
-    def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int]) -> None:
-        self.tokenizer, self.eos_token_ids = tokenizer, list(eos_token_ids)
+    def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int], vocabulary: int | None = None) -> None:
+        self.tokenizer, self.eos_token_ids, self.vocabulary = tokenizer, list(eos_token_ids), vocabulary
         self.truncate = False
         self._known: dict[str, tuple[_Ids, _Ids]] = {}  # by place: of prompts, of completions
 
@@ -46,6 +47,9 @@ class Encoder:
             place: what the rows are for. What was known of earlier rows of the same place is forgotten, so that data
                 that is generated anew for every pass takes the memory of one pass.
             folder: where token ids are kept for the next run, see `TokenCache`.
+
+        Raises:
+            InputError: the model cannot read a token of them.
         """
         disk = TokenCache(folder, self.tokenizer) if folder is not None else None
         of_prompts, of_completions = self._known.get(place, ({}, {}))
@@ -61,6 +65,8 @@ class Encoder:
             disk, ["completions", *self.eos_token_ids], pending, lambda: self._completions(pending.values())
         )
         of_completions = {key: of_completions[key] if key in of_completions else found[key] for key in completions}
+        for rows_of_ids in (of_prompts, of_completions):
+            self._check_readable(rows_of_ids.values())
         self._known[place] = of_prompts, of_completions
 
     def prompt(self, prompt: Text, limit: int | None = None) -> list[int]:
@@ -104,6 +110,14 @@ class Encoder:
     def _completions(self, pairs: Iterable[tuple[Text, Text]]) -> list[list[int]]:
         prompts, completions = zip(*pairs, strict=True)
         return encode_completions(self.tokenizer, completions, self.eos_token_ids, prompts)
+
+    def _check_readable(self, rows: Iterable[Sequence[int]]) -> None:
+        highest = max((max(ids) for ids in rows if ids), default=0)
+        if self.vocabulary is not None and highest >= self.vocabulary:
+            raise InputError(
+                f"tokenizer: it makes the token {highest} of the data, and the model's vocabulary has only "
+                f"{self.vocabulary}: give the model's own tokenizer, or resize the model's embeddings"
+            )
 
     def _check(self, length: int, limit: int | None) -> None:
         if limit is not None and length > limit and not (self.truncate and limit > 1):

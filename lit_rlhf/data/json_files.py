@@ -49,10 +49,20 @@ def _text(file: Path) -> str:
 
 def _json(text: str, place: str, line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         found = f"{error.msg.lower()} at column {error.colno}"
         line += error.lineno - 1
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting, a key given twice
         found = str(error)
     raise InputError(f"{place} {line}: not valid JSON, {found}; expected {_ACCEPTED}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which no part is lost in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found

@@ -8,7 +8,14 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from lit_rlhf.data.columns import check_completions, complete_rows, conventional, of_one_kind, presented
+from lit_rlhf.data.columns import (
+    check_completions,
+    check_substance,
+    complete_rows,
+    conventional,
+    of_one_kind,
+    presented,
+)
 from lit_rlhf.data.lengths import LONG_ROWS, LongRows, Room, room_of_prompts, room_of_rows, rows_too_long
 from lit_rlhf.data.sources import read_splits
 from lit_rlhf.data.tasks import arithmetic_splits, demonstrations, preference_pairs
@@ -52,6 +59,7 @@ class RowsDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_choice("data.long_rows", long_rows, LONG_ROWS)
+        check_number("data.validation_batch_size", validation_batch_size, at_least=1)
         if prompt_template is not None and "{prompt}" not in prompt_template:
             raise InputError(f"data.prompt_template={prompt_template!r} has no {{prompt}}, where the prompt is put")
         parts = [
@@ -74,7 +82,10 @@ class RowsDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Encode all rows, and look for those that do not fit the model, before anything is sampled or trained on."""
         module, columns, first = self._module, self._module.completion_columns, self.rows_of(0)
+        if stage == "fit" and not first:
+            raise InputError("data: there are no rows to train on; lower data.held_out, or give more rows")
         check_completions(first, columns, type(module).__name__)
+        check_substance(complete_rows(self.held_out_rows, columns), columns, "held-out rows")
         module.encoder.truncate = self.long_rows == "truncate"
         module.encoder.prepare(first, columns, folder=self.token_cache)
         module.encoder.prepare(self.held_out_rows, columns, "held-out", self.token_cache)

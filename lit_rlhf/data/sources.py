@@ -151,22 +151,26 @@ def _dataset(folder: Path, name: str | None) -> Any:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _quiet_datasets() -> Iterator[None]:
+    """Without progress bars, and without a log of errors that are told in a sentence."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets.utils import logging
 
-    before = are_progress_bars_disabled()
+    before, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if not before:
             enable_progress_bars()
 
 
 def _loaded(path: str, key: str, load: Any, *arguments: Any) -> Any:
-    """What `load` returns, without progress bars; whatever goes wrong in `datasets` is one sentence."""
+    """What `load` returns; whatever goes wrong in `datasets` is one sentence."""
     try:
-        with _without_progress_bars():
+        with _quiet_datasets():
             return load(*arguments)
     except ImportError as error:
         if error.name != "datasets":

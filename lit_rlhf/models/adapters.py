@@ -223,7 +223,12 @@ def save_adapter(model: Any, folder: str | Path) -> None:
 def base_of(path: str) -> str:
     """What the adapter of the folder `path` was trained beside; of any other folder or name, itself."""
     config = Path(path).expanduser() / _CONFIG
-    return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]) if config.is_file() else path
+    if not config.is_file():
+        return path
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"model.path: {config} does not say what it is an adapter of; give another folder") from error
 
 
 def _peft() -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 from lit_rlhf.errors import InputError
 from lit_rlhf.hub import offline_unless_reached
 from lit_rlhf.models.adapters import LoRA, adapter_parameters, add_lora, base_of, is_adapted
+from lit_rlhf.models.checks import check_finite, check_one_label, check_whole
 
 TINY = "tiny"
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -56,14 +58,17 @@ def load_causal_lm(
     Raises:
         InputError: the model cannot be found or read, or the adapters cannot be added.
     """
-    model = from_pretrained(
+    model, info = from_pretrained(
         AutoModelForCausalLM,
         "model.path",
         path,
         dtype=floating_dtype("model.dtype", dtype),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
+    check_whole(model, info, "model.path", path)
+    check_finite(model, "model.path", path)
     if is_adapted(model):
         if lora is not None:
             raise InputError(f"model.lora: {path} is an adapter already; leave model.lora out to train it further")
@@ -85,17 +90,6 @@ def checkpoint_activations(model: Any) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise InputError(f"model.gradient_checkpointing: {type(model).__name__} has none; leave it out")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def check_generates(model: Any, key: str = "model.path") -> None:
-    """Raise an `InputError` where `model` was loaded from a folder whose weights classify sequences, a reward model."""
-    config: Any = getattr(model, "config", None)
-    for name in getattr(config, "architectures", None) or ():
-        if name.endswith("ForSequenceClassification"):
-            raise InputError(
-                f"{key}: {getattr(model, 'name_or_path', '')} is a reward model ({name}), whose language-model head "
-                "nobody trained; give a causal language model"
-            )
 
 
 def load_reward_model(
@@ -122,17 +116,8 @@ def load_reward_model(
             f"{key}: {path} has no weights for {missing[0]}, and a head that nobody trained judges at random; give a "
             "trained reward model, such as the model/ folder of a run with algo=reward_modeling"
         )
+    check_finite(model, key, path)
     return disable_dropout(model)
-
-
-def check_one_label(config: Any, name: str) -> None:
-    """Raise an `InputError` unless the model of this configuration gives one number per text."""
-    labels = getattr(config, "num_labels", None)
-    if labels != 1:
-        raise InputError(
-            f"reward model: {name} has num_labels={labels}, and a reward is one number; give a sequence-classification "
-            "model with num_labels=1, such as the model/ folder of a run with algo=reward_modeling"
-        )
 
 
 def floating_dtype(key: str, dtype: str | torch.dtype) -> torch.dtype:
@@ -239,7 +224,7 @@ def vocabulary_size(model: nn.Module | str | Path) -> int:
     if isinstance(model, nn.Module):
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         return int(embeddings.num_embeddings)
-    config = from_pretrained(AutoConfig, "model.path", base_of(resolve(model)))
+    config = from_pretrained(AutoConfig, "model.path", base_of(resolve(model)), trust_remote_code=False)
     return int(config.get_text_config(decoder=True).vocab_size)
 
 
@@ -255,6 +240,11 @@ def from_pretrained(auto: Any, key: str, path: str | Path, **kwargs: Any) -> Any
     try:
         with nullcontext() if folder.is_dir() else offline_unless_reached():
             return auto.from_pretrained(source, **kwargs)
+    except UnpicklingError as error:
+        raise InputError(
+            f"{key}: the weights in {path} are a pickle of more than tensors, which could run code and is not read; "
+            "give a model saved as .safetensors"
+        ) from error
     except Exception as error:  # broken files end in errors of safetensors, torch, json, huggingface_hub, ...
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise InputError(

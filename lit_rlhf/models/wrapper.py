@@ -213,9 +213,10 @@ def _check_vocabulary(policy: nn.Module | str | Path, tokenizer: Any) -> None:
     """Refuse a tokenizer that is clearly not the policy's: ids would be read, or sampled, that mean nothing."""
     size = vocabulary_size(policy)
     known = len(tokenizer) if hasattr(tokenizer, "__len__") else size
-    if tokenizer.eos_token_id < size <= max(2 * known, known + _LARGEST_PADDING):
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if max(end, pad) < size <= max(2 * known, known + _LARGEST_PADDING):
         return
     raise InputError(
-        f"tokenizer: it has {known} tokens, EOS is {tokenizer.eos_token_id}, and the model's vocabulary has {size}: "
+        f"tokenizer: it has {known} tokens, EOS is {end}, padding {pad}, and the model's vocabulary has {size}: "
         "give the model's own tokenizer, or resize the model's embeddings"
     )

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer
 
 from lit_rlhf.errors import InputError, check_number
+from lit_rlhf.models.checks import check_one_label
 from lit_rlhf.models.loading import (
-    check_one_label,
     floating_dtype,
     from_pretrained,
     load_reward_model,

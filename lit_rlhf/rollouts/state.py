@@ -41,8 +41,22 @@ class LoopState:
         return {f.name: _to_plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> LoopState:
-        """The inverse of `to_plain`."""
+    def from_plain(cls, plain: Any) -> LoopState:
+        """The inverse of `to_plain`.
+
+        Raises:
+            InputError: it is not.
+        """
+        try:
+            return cls._from_plain(plain)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"ckpt_path: where the run stands cannot be read ({type(error).__name__}: {error}); it is broken or of "
+                "another version: give another checkpoint, or begin anew from the exported model"
+            ) from error
+
+    @classmethod
+    def _from_plain(cls, plain: Any) -> LoopState:
         state = cls(**{**plain, "experience": None, "carried": None, "replay": None, "curriculum": None, "ahead": []})
         if plain["experience"] is not None:
             state.experience = Experience(**plain["experience"])
@@ -83,6 +97,9 @@ def check_resumable(saved: Mapping[str, Any] | None, algorithm: str, shape: Mapp
     """
     if saved is None:
         raise InputError("ckpt_path: not a checkpoint of lit_rlhf; give one of the run folder's checkpoints/")
+    states = saved.get("ranks", [None])
+    if not {"algorithm", "shape"} <= saved.keys() or not all(isinstance(own, Mapping) for own in states):
+        raise InputError("ckpt_path: no whole checkpoint, where the run stands is not in it; give another")
     if saved["algorithm"] != algorithm:
         raise InputError(
             f"ckpt_path: a checkpoint of {saved['algorithm']} cannot continue as {algorithm}; "
@@ -99,16 +116,32 @@ def check_resumable(saved: Mapping[str, Any] | None, algorithm: str, shape: Mapp
 
 
 def check_same_model(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
-    """Refuse weights of another architecture.
+    """Refuse weights of another architecture, or that are no numbers.
 
     Raises:
-        InputError: a weight is missing, too many, or of another shape.
+        InputError: a weight is missing, too many, of another shape or not finite.
     """
     other = sorted(saved.keys() ^ now.keys()) or sorted(k for k in now if saved[k].shape != now[k].shape)
     if other:
         raise InputError(
             f"ckpt_path: the checkpoint's models are not those of this run ({len(other)} weights differ, such as "
             f"{other[0]}); give the same model, model.lora, algo.kl_coef and algo.value"
+        )
+    if broken := next((name for name, x in saved.items() if type(x) is Tensor and not bool(x.isfinite().all())), None):
+        raise InputError(f"ckpt_path: weights that are no finite numbers, such as {broken}; give an earlier checkpoint")
+
+
+def check_optimizer(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of the weights alone, from which training would begin anew in silence.
+
+    Raises:
+        InputError: the state of the optimiser, or of its schedule, is missing.
+    """
+    states = checkpoint.get("optimizer_states") or [{}]
+    if not checkpoint.get("lr_schedulers") or not all({"state", "param_groups"} <= state.keys() for state in states):
+        raise InputError(
+            "ckpt_path: a checkpoint without the optimiser's state cannot be continued; give one that was not saved "
+            "with save_weights_only"
         )
 
 

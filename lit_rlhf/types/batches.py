@@ -7,6 +7,7 @@ first EOS included, and false after it, on padding and on tokens that the policy
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias, TypeVar
@@ -50,20 +51,25 @@ class SamplingConfig:
         """Refuse values that cannot be sampled with."""
         for name, ok, rule in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more, and finite"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("group_size", self.group_size >= 1, "at least 1"),
             ("max_staleness", self.max_staleness >= 0, "0 (synchronous) or more"),
+            ("stop", _are_texts(self.stop), "a list of texts"),
             ("max_rows", self.max_rows is None or self.max_rows >= 1, "at least 1, or null for all at once"),
         ):
             if not ok:
-                raise InputError(f"sampling: {name} must be {rule}, got {getattr(self, name)}")
+                raise InputError(f"sampling: {name} must be {rule}, got {getattr(self, name)!r}")
 
     @property
     def truncates_distribution(self) -> bool:
         """Whether the sampled distribution differs from softmax(logits / temperature)."""
         return self.temperature == 0 or self.top_p < 1 or self.top_k > 0
+
+
+def _are_texts(stop: Any) -> bool:
+    return isinstance(stop, Sequence) and not isinstance(stop, str) and all(isinstance(text, str) for text in stop)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tests.helpers import build
 from tests.runs import QUIET, config_of, fork, metrics_of, new_process
 
 SIZES = {"group_size": 2, "prompts_per_rollout": 8, "minibatches": 2, "update_epochs": 2, "kl_coef": 0.1}
+WHOLE = {"lit_rlhf": {}, "state_dict": {}, "loops": {}, "epoch": 0, "global_step": 0, "pytorch-lightning_version": "2"}
 SAMPLING = {"sampling": SamplingConfig(max_new_tokens=4)}
 
 
@@ -81,26 +82,26 @@ def test_the_module_refuses_what_another_library_saved():
 def test_a_full_disk_is_one_sentence_and_leaves_the_previous_checkpoint_as_it_was(tmp_path):
     """The system refuses to write beyond so many bytes, as a full disk does."""
     io, file = AtomicCheckpointIO(), tmp_path / "deep" / "last.ckpt"
-    io.save_checkpoint({"lit_rlhf": {}, "x": torch.ones(3)}, file)
+    io.save_checkpoint({**WHOLE, "x": torch.ones(3)}, file)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(InputError) as caught:
-            io.save_checkpoint({"lit_rlhf": {}, "x": torch.zeros(100_000)}, file)
+            io.save_checkpoint({**WHOLE, "x": torch.zeros(100_000)}, file)
         with pytest.raises(InputError, match=r"other.ckpt could not be written \(.*\): make room$"):
-            io.save_checkpoint({"lit_rlhf": {}, "x": torch.zeros(100_000)}, tmp_path / "other.ckpt")
+            io.save_checkpoint({**WHOLE, "x": torch.zeros(100_000)}, tmp_path / "other.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     reason = "File too large): the one before it is kept; make room and resume from that"
     assert str(caught.value) == f"the checkpoint {file} could not be written ({reason}"
-    assert_same(io.load_checkpoint(file), {"lit_rlhf": {}, "x": torch.ones(3)})
+    assert_same(io.load_checkpoint(file), {**WHOLE, "x": torch.ones(3)})
     assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == ["last.ckpt"], "nothing half written is left"
 
 
 def test_a_save_replaces_the_file_and_leaves_nothing_else(tmp_path):
     io, file = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     for value in (1, 2):
-        io.save_checkpoint({"lit_rlhf": {}, "x": value}, file)
+        io.save_checkpoint({**WHOLE, "x": value}, file)
     assert io.load_checkpoint(file)["x"] == 2
     assert [f.name for f in tmp_path.iterdir()] == ["last.ckpt"]
 
