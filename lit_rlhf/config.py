@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,8 @@ def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> l
 
 def _folders(arguments: Sequence[str]) -> list[Path]:
     """Where yaml files may be: our own, and the folder of the user's that `--config-dir` names."""
-    words = " ".join(arguments).replace("--config-dir=", "--config-dir ").split(" ")
-    named = [after for word, after in zip(words, words[1:], strict=False) if word in ("--config-dir", "-cd")]
+    named = [after for flag, after in pairwise(arguments) if flag in ("--config-dir", "-cd")]
+    named += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
     return [conf_dir(), *map(Path, named)]
 
 

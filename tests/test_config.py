@@ -420,7 +420,10 @@ def with_values(*assignments):
         ("rollout.top_p=true", "'rollout.top_p' must be float, got True"),
         ("algo.group_size=null", "'algo.group_size' must be int, got null"),
         ("model.path=null", "'model.path' must be str or Path, got null"),
-        ("callbacks.foo=1", "unknown key 'callbacks.foo'; known: checkpoint, export, monitor, progress, samples, signals"),
+        (
+            "callbacks.foo=1",
+            "unknown key 'callbacks.foo'; known: checkpoint, export, monitor, progress, samples, signals",
+        ),
         ("data.train_size=many", "'data.train_size' must be int or Sequence[int], got 'many'"),
         ("model.lora.rr=3", "unknown key 'model.lora.rr'; did you mean 'r'?"),
         ("model.lora.target_module=x", "unknown key 'model.lora.target_module'; did you mean 'target_modules'?"),

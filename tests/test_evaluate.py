@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import lit_rlhf
 from lit_rlhf.algorithms.grpo import GRPO
+from lit_rlhf.checkpoints import _NEEDED
 from lit_rlhf.cli import primary
 from lit_rlhf.config import conf_dir, prepare_arguments
 from lit_rlhf.data.modules import RowsDataModule
@@ -338,7 +339,7 @@ def test_a_reward_model_is_no_policy(tmp_path):
 def test_weights_of_adapters_need_adapters(tmp_path):
     adapted = load_causal_lm("tiny", lora={"r": 4})
     saved = {f"models.policy.{name}": x for name, x in adapted.state_dict().items()}
-    torch.save({"state_dict": saved, "lit_rlhf": {}}, tmp_path / "lora.ckpt")
+    torch.save({**dict.fromkeys(_NEEDED, 0), "state_dict": saved, "lit_rlhf": {}}, tmp_path / "lora.ckpt")
     with pytest.raises(InputError) as caught:
         _load_policy(load_causal_lm("tiny"), str(tmp_path / "lora.ckpt"))
     assert "give the settings of its adapters, model.lora.r=... (" in str(caught.value)
