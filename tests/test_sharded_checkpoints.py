@@ -50,6 +50,16 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(name, strategy, tmp_pa
     assert_same(fit(name, tmp_path / "resumed", strategy, ckpt_path=str(path), seed=5), expected)
 
 
+def test_a_run_goes_on_under_another_strategy(tmp_path):
+    expected = fit("SFT", tmp_path, "fsdp2 in shards")
+    path = str(checkpoint_in(tmp_path))
+    for strategy in ("ddp", "fsdp2"):
+        (tmp_path / strategy).mkdir()
+        found = fit("SFT", tmp_path / strategy, strategy, ckpt_path=path, seed=5)
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, atol=1e-5, rtol=0)
+
+
 def test_put_together_it_is_the_file_that_ddp_writes(tmp_path):
     """But for the rounding of the norm that gradients are clipped by; so whatever reads one reads the other."""
     found = []
