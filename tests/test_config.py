@@ -370,7 +370,7 @@ def test_values_arrive_as_they_were_given():
         ("trainr.max_epochs=3", "unknown key 'trainr.max_epochs'; did you mean 'trainer'?"),
         ("+trainr.max_epochs=3", "unknown key '+trainr.max_epochs'; did you mean 'trainer'?"),
         ("sed=3", "unknown key 'sed'; did you mean 'seed'?"),
-        ("hydra_run=3", "unknown key 'hydra_run'; did you mean 'hydra'?"),
+        ("hydra_dir=3", "unknown key 'hydra_dir'; did you mean 'hydra'?"),
         ("seed", "'seed' is no assignment; write seed=VALUE"),
     ],
 )
