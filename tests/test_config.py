@@ -422,7 +422,7 @@ def with_values(*assignments):
         ("model.path=null", "'model.path' must be str or Path, got null"),
         (
             "callbacks.foo=1",
-            "unknown key 'callbacks.foo'; known: checkpoint, export, monitor, progress, samples, signals",
+            "unknown key 'callbacks.foo'; known: checkpoint, export, monitor, plan, progress, report, samples, signals",
         ),
         ("data.train_size=many", "'data.train_size' must be int or Sequence[int], got 'many'"),
         ("model.lora.rr=3", "unknown key 'model.lora.rr'; did you mean 'r'?"),
