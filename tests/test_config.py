@@ -404,6 +404,7 @@ def with_values(*assignments):
         ("model.paht=x", "unknown key 'model.paht'; did you mean 'path'?"),
         ("data.dificulty=1", "unknown key 'data.dificulty'; did you mean 'difficulty'?"),
         ("reward.func=[a.b]", "unknown key 'reward.func'; did you mean 'funcs'?"),
+        ("engine.share_prompt=false", "unknown key 'engine.share_prompt'; did you mean 'share_prompts'?"),
         ("rollout.temprature=1", "unknown key 'rollout.temprature'; did you mean 'temperature'?"),
         ("trainer.max_epoch=1", "unknown key 'trainer.max_epoch'; did you mean 'max_epochs'?"),
         ("callbacks.chekpoint.dirpath=x", "unknown key 'callbacks.chekpoint'; did you mean 'checkpoint'?"),
@@ -468,6 +469,8 @@ def test_good_values_are_accepted(override):
         (["+algo.groupsize=3"], "unknown key 'algo.groupsize'; did you mean 'group_size'?"),  # Hydra would let it pass
         (["data=file"], "'data.path' is missing; give data.path=..."),
         (["model=pretrained"], "'model.path' is missing; give model.path=..."),
+        (["engine=vllm_server", "engine.url=[x]"], "unknown key 'engine.url'; did you mean 'urls'?"),
+        (["engine=vllm", "engine.timeout=soon"], "'engine.timeout' must be float, got 'soon'"),
     ],
 )
 def test_what_hydra_lets_pass_is_refused(overrides, sentence):
@@ -514,6 +517,9 @@ def test_values_that_no_run_can_have_are_refused(override, sentence):
         ("trainer.callbacks=[]", "callbacks.NAME._target_=..."),
         ("trainer.logger=false", "logger.NAME._target_=..."),
         ("rollout.group_size=4", "algo.group_size=..."),
+        ("algo.engine._target_=my.Engine", "engine=..."),
+        ("engine.eos_token_ids=[1]", "rollout.stop=[...]"),
+        ("engine.pad_token_id=0", "tokenizer=..."),
     ],
 )
 def test_what_a_run_fills_in_itself_is_refused_and_not_ignored(override, instead):

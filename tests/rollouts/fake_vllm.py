@@ -29,7 +29,7 @@ def completion(weights, prompt, params, sample):
     stream = hashlib.sha256(f"{weights} {prompt} {seed}".encode()).digest() * 8
     ids = []
     for byte in stream[: params["max_tokens"]]:
-        ids.append(params["stop_token_ids"][0] if byte % 8 == 0 else 2 + byte % 60)
+        ids.append(params["stop_token_ids"][0] if byte % 8 == 0 else 2 + byte % 20)
         if ids[-1] in params["stop_token_ids"]:
             break
     return ids, [-(1 + t) / 100 for t in ids]

@@ -26,6 +26,7 @@ from lit_rlhf.rollouts.engines.server_process import serve_command
 from lit_rlhf.types import SamplingConfig
 from tests.helpers import EOS, PAD, build, prompt_rows, tiny_model, trainer
 from tests.rollouts.fake_vllm import Fake, completion, digest
+from tests.runs import QUIET, fork, metrics_of
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
 SEEDS = [11, 2**63 - 1, 13, 14, 15]
@@ -465,6 +466,15 @@ def test_one_that_was_started_otherwise_says_how_to_start_it(settings, sentence)
         engine.close()
 
 
+def test_one_that_has_another_model_is_found_out():
+    with Fake(None) as server:
+        engine = found(server)
+        engine.update_weights(tiny_model(vocab_size=8), 0)
+        with pytest.raises(EngineError, match=r"sampled token \d+, and the policy's vocabulary has 8"):
+            engine.generate([[5]], SAMPLING, 0)
+        engine.close()
+
+
 def test_what_a_server_refuses_is_said_in_its_words():
     with Fake(None) as server:
         engine = found(server)
@@ -531,6 +541,30 @@ def test_a_proxy_of_the_environment_is_not_used(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with Fake(None) as server:
         assert Server(server.url).is_up()
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+SMALL = ("algo=grpo", "debug=tiny", "algo.prompts_per_rollout=4", "algo.group_size=2", "algo.minibatches=2", *QUIET)
+
+
+def test_a_run_of_the_command_line_samples_from_the_servers(tmp_path):
+    with Fake(None) as a, Fake(None) as b:
+        ended = fork(*SMALL, "engine=vllm_server", f"engine.urls=[{a.url},{b.url}]", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    for server in (a, b):
+        assert [path for path, _ in server.asked].count("/collective_rpc") == 2  # before and after the update
+    folder = Path(a.asked[0][1]["kwargs"]["weights_path"])
+    assert not folder.exists()
+    logged = metrics_of(ended.out.strip().splitlines()[-1])
+    assert any(row.get("stability/logprob_mismatch_max", 0) > 0 for row in logged)
+
+
+def test_a_run_without_its_server_ends_with_a_sentence(tmp_path):
+    with Fake(None) as server:
+        url = server.url
+    ended = fork(*SMALL, "engine=vllm_server", f"engine.urls=[{url}]", cwd=tmp_path)
+    assert f"the vLLM server {url} has failed or does not answer" in ended.sentence()
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------

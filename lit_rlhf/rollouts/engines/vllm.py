@@ -155,6 +155,11 @@ class VLLMBase(ABC):
                 f"vLLM returned a completion of {len(broken[0].token_ids)} tokens with {len(broken[0].logprobs)} "
                 "log-probs; is it a version other than those that docs/vllm.md names?"
             )
+        vocabulary = self.policy.get_input_embeddings().num_embeddings
+        if (highest := max(max(s.token_ids) for s in samples)) >= vocabulary:
+            raise EngineError(
+                f"vLLM sampled token {highest}, and the policy's vocabulary has {vocabulary}; it has another model"
+            )
         response, response_mask = pad_right([s.token_ids for s in samples], self.pad_token_id)
         logprobs = torch.zeros(response.shape, dtype=torch.float32)
         logprobs[response_mask] = torch.tensor([x for s in samples for x in s.logprobs], dtype=torch.float32)
