@@ -19,6 +19,13 @@ KEYS = {
 }
 
 
+def shapes_in(folder):
+    """Of the tensors in a safetensors file, by name; its header is JSON behind eight bytes of its length."""
+    content = Path(folder, "model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return {name: x["shape"] for name, x in header.items() if name != "__metadata__"}
+
+
 def digest(folder):
     return hashlib.sha256(Path(folder, "model.safetensors").read_bytes()).hexdigest()
 
@@ -46,7 +53,7 @@ class Fake(ThreadingHTTPServer):
         self.weights, self.version = (digest(folder) if folder else "none"), "default"
         self.faults = Path(faults) if faults else None
         self.dev_mode, self.scale_out, self.key = dev_mode, scale_out, key
-        self.asked, self.headers = [], []  # (path, body) in order
+        self.asked = []  # (path, body) in order
         self.at_once = self.most = 0
         self.hang = threading.Event()
         self.lock = threading.Lock()
@@ -83,7 +90,6 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"null")
         server.asked.append((self.path, body))
-        server.headers.append(dict(self.headers))
         if server.fault("hang"):
             server.hang.wait(60)
         if self.path == "/inference/v1/generate" and server.scale_out:
@@ -94,6 +100,7 @@ class Handler(BaseHTTPRequestHandler):
             assert body["method"] == "reload_weights"
             try:
                 server.weights = digest(body["kwargs"]["weights_path"])
+                server.shapes = shapes_in(body["kwargs"]["weights_path"])
             except OSError:
                 return self.answer(500, {"error": {"message": "Repo id must be in the form 'repo_name'"}})
             return self.answer(200, {"results": [None]})

@@ -329,6 +329,12 @@ def test_one_that_cannot_start_says_why(start, faults):
         engine.update_weights(tiny_model(), 0)
 
 
+def test_an_address_of_another_machine_is_refused(start):
+    engine = start(host="192.0.2.1")
+    with pytest.raises(InputError, match=r"engine.host=192.0.2.1 is no address of this machine"):
+        engine.update_weights(tiny_model(), 0)
+
+
 def test_one_that_never_answers_is_given_up(start, faults):
     (faults / "silent").touch()
     engine = start(startup_timeout=0.5)
@@ -361,7 +367,8 @@ def test_no_process_and_no_file_outlives_the_engine(monkeypatch, faults, start, 
     soon(lambda: not alive(guard) and not alive(server) and not folder.exists())
 
 
-def test_a_killed_trainer_leaves_no_server(start):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_trainer_leaves_no_server(start, how):
     """SIGKILL runs no line of Python: the server's guard notices that the other end of its pipe is gone."""
     mine, theirs = multiprocessing.Pipe()
 
@@ -377,7 +384,7 @@ def test_a_killed_trainer_leaves_no_server(start):
     assert mine.poll(30)
     guard, server, folder = mine.recv()
     assert alive(server)
-    trainer.kill()
+    os.kill(trainer.pid, how)
     trainer.join()
     soon(lambda: not alive(guard) and not alive(server) and not folder.exists())
 
@@ -515,6 +522,7 @@ def test_a_folder_for_both_sides(tmp_path):
         ({"urls": ["http://node1:8000"]}, "engine.folder is missing: http://node1:8000 reads the weights"),
         ({"urls": ["http://localhost:1"], "servers": 2}, "those at engine.urls run already"),
         ({"urls": ["http://localhost:1"], "options": {"a": 1}}, "those at engine.urls run already"),
+        ({"host": "0.0.0.0"}, "engine.host=0.0.0.0 listens to everybody"),
         ({"servers": 0}, "engine.servers must be at least 1, got 0"),
         ({"servers": 2, "gpus": [1, 2, 3]}, "3 GPUs do not divide over engine.servers=2"),
         ({"options": {"api_key": "sk-secret"}}, "set the variable VLLM_API_KEY instead"),
@@ -570,7 +578,9 @@ def test_a_run_without_its_server_ends_with_a_sentence(tmp_path):
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_share_the_servers_and_one_of_them_pushes():
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_share_the_servers_and_one_of_them_pushes(strategy):
+    """A sharded policy is whole for the while that it is pushed."""
     with Fake(None) as server:
         module = build(
             GRPO,
@@ -580,9 +590,10 @@ def test_two_ranks_share_the_servers_and_one_of_them_pushes():
             group_size=2,
             prompts_per_rollout=4,
         )
-        trainer(devices=2, epochs=3).fit(module, datamodule=RowsDataModule(prompt_rows(12)))
+        trainer(devices=2, epochs=3, strategy=strategy).fit(module, datamodule=RowsDataModule(prompt_rows(12)))
     prompts = [tuple(body["token_ids"]) for path, body in server.asked if path.endswith("generate")]
     assert [path for path, _ in server.asked].count("/collective_rpc") == 3  # once a rollout
+    assert server.shapes == {name: list(x.shape) for name, x in tiny_model().state_dict().items()}
     assert sorted(prompts) == sorted(tuple(map(int, row["prompt"].split())) for row in prompt_rows(12))
 
 

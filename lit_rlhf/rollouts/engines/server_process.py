@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.rollouts.engines.http import Server
 
 _GUARD = Path(__file__).with_name("guard.py")
@@ -109,11 +110,18 @@ class ServerProcess:
         return False
 
 
-def free_port(host: str) -> int:
-    """A port of this machine's that nobody listens on."""
-    with socket.create_server((host, 0)) as listening:
-        port: int = listening.getsockname()[1]
-        return port
+def free_ports(host: str, count: int) -> list[int]:
+    """Ports of this machine's that nobody listens on.
+
+    Raises:
+        InputError: `host` is no address of this machine.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            held = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        except OSError as error:
+            raise InputError(f"engine.host={host} is no address of this machine: {error.strerror or error}") from None
+        return [listening.getsockname()[1] for listening in held]
 
 
 def _let_go(process: subprocess.Popen[bytes]) -> None:
@@ -132,9 +140,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def serve_command(
-    model: Path, host: str, port: int | None, dtype: torch.dtype, options: Mapping[str, Any]
-) -> list[str]:
+def serve_command(model: Path, host: str, port: int, dtype: torch.dtype, options: Mapping[str, Any]) -> list[str]:
     """The command that starts a vLLM server of the model in a folder, which samples token ids.
 
     Args:

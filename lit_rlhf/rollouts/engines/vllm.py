@@ -109,8 +109,8 @@ class VLLMBase(ABC):
     ) -> Rollout:
         """See `RolloutEngine.generate`. The tensors are on the policy's device.
 
-        A prompt's samples are a function of its seed and the weights as far as vLLM's log-probs do not depend on what
-        else is in its batch: in the last digits they may.
+        A prompt's samples are a function of its seed and the weights as far as vLLM computes the same whatever
+        else is in its batch: in the last digits it may not.
         """
         if self.policy is None or self._pushed is None:
             raise InputError("the engine has no weights to sample from: call update_weights(model, version) first")
@@ -179,7 +179,7 @@ class VLLMBase(ABC):
 def check_installed(what: str) -> None:
     """Raise an `InputError` where `what` needs the package vllm and it is missing."""
     if importlib.util.find_spec("vllm") is None:
-        raise InputError(f"{what} needs the package vllm: pip install 'lit_rlhf[vllm]' ; docs/vllm.md")
+        raise InputError(f"{what} needs the package vllm: pip install 'lit_rlhf[vllm]'")
 
 
 class VLLMEngine(VLLMBase):
@@ -268,11 +268,9 @@ class VLLMEngine(VLLMBase):
     def _within(self, call: Callable[[], T]) -> T:
         """What vLLM returns; whatever it raises is one sentence, and it starts anew the next time."""
         try:
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # Lightning validates in inference mode, and vLLM's weights
-                return within(self.timeout, call)  # made there could not be changed outside
+            # Lightning validates in inference mode, and weights that vLLM makes there cannot be changed outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                return within(self.timeout, call)
         except InputError:
             raise
         except TimedOut:

@@ -28,11 +28,12 @@ from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.ranks import gather_objects, is_first
 from lit_rlhf.rollouts.engines.base import EngineError, EngineTimeoutError
 from lit_rlhf.rollouts.engines.http import KEY, RefusedError, Server, ServerGoneError
-from lit_rlhf.rollouts.engines.server_process import ServerProcess, free_port, serve_command
+from lit_rlhf.rollouts.engines.server_process import ServerProcess, free_ports, serve_command
 from lit_rlhf.rollouts.engines.vllm import ENVIRONMENT, Sample, VLLMBase, check_installed
 from lit_rlhf.rollouts.engines.weights import checkpoint_of, write_config, write_weights
 
 Lost: TypeAlias = dict[Server, ServerGoneError]  # servers that are gone, and how one knows
+EVERYWHERE = ("0.0.0.0", "::")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DEV_MODE = "VLLM_SERVER_DEV_MODE"  # environment variable, without which a vLLM server takes no weights
 _REQUESTS = 64  # prompts under way at a time, at each server
@@ -122,6 +123,11 @@ class VLLMServerEngine(VLLMBase):
         check_number("engine.servers", self.count, at_least=1)
         check_number("engine.startup_timeout", self.startup_timeout, above=0)
         check_installed("engine=vllm_server without engine.urls")
+        if self.host in EVERYWHERE:
+            raise InputError(
+                f"engine.host={self.host} listens to everybody and is no address to be reached at; give one of this "
+                "machine's, in a network that you trust"
+            )
         if self.gpus is not None and (not len(self.gpus) or len(self.gpus) % self.count):
             raise InputError(f"engine.gpus: {len(self.gpus)} GPUs do not divide over engine.servers={self.count}")
         if "api_key" in self.options:
@@ -195,15 +201,15 @@ class VLLMServerEngine(VLLMBase):
     def _start(self, folder: Path, dtype: torch.dtype) -> None:
         logs = self._logs or folder
         logs.mkdir(parents=True, exist_ok=True)
-        for k in range(self.count):
-            server = Server(f"http://{self.host}:{free_port(self.host)}")
+        for k, port in enumerate(free_ports(self.host, self.count)):
+            server = Server(f"http://{self.host}:{port}")
             environment = {**{name: os.environ.get(name, x) for name, x in ENVIRONMENT.items()}, DEV_MODE: "1"}
             options = dict(self.options)
             if self.gpus is not None:
                 gpus = self.gpus[k :: self.count]
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
                 options = {"tensor_parallel_size": len(gpus), **options}
-            command = serve_command(folder, self.host, server.port, dtype, options)
+            command = serve_command(folder, self.host, port, dtype, options)
             self._held.processes.append(ServerProcess(command, server, environment, logs / f"vllm-{k}.log", folder))
             self._servers.append(server)
         for server in self._servers:
@@ -234,9 +240,8 @@ class VLLMServerEngine(VLLMBase):
         deadline = time.monotonic() + self.startup_timeout
         while not server.is_up():
             if process is not None and process.failed:
-                raise EngineError(
-                    f"vllm serve has ended before it answered: {process.last_words()} (all that it said: {process.log})"
-                )
+                log = f"; its log is {process.log}" if self._logs else ""
+                raise EngineError(f"vllm serve has ended before it answered: {process.last_words()}{log}")
             if time.monotonic() > deadline:
                 raise EngineTimeoutError(
                     f"the vLLM server {server.url} has not answered within engine.startup_timeout="
