@@ -156,10 +156,11 @@ def _scattered(tracks: Tracks, healthy: Healthy) -> str | None:
 
 def _reward_lost(tracks: Tracks, healthy: Healthy) -> str | None:
     reward = tracks["reward/reward_mean"]
-    scale = max(abs(reward.best - reward.start), abs(reward.start))
-    if not scale or reward.best - reward.now <= healthy.reward_drop * scale:
+    best = max(reward.best, *reward.first)  # a run may break within its first rollouts
+    scale = max(abs(best - reward.start), abs(best))
+    if best - reward.now <= healthy.reward_drop * scale:
         return None
-    return f"the mean reward was {reward.best:.3g} and is {reward.now:.3g}"
+    return f"the mean reward was {best:.3g} and is {reward.now:.3g}"
 
 
 def _no_progress(tracks: Tracks, healthy: Healthy) -> str | None:
