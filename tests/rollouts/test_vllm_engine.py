@@ -189,6 +189,15 @@ def test_a_cache_of_old_weights_is_an_error():
         engine.update_weights(tiny_model(), 8)
 
 
+def test_all_ranks_push_where_one_ranks_weights_have_changed(monkeypatch):
+    engine, model = engine_of(tiny_model()), tiny_model()
+    engine.update_weights(model, 7)
+    pushes = FakeLLM.made[0].calls.count("reload_weights")
+    monkeypatch.setattr(engine_module, "sum_over_ranks", lambda x: x + 1)
+    engine.update_weights(model, 7)
+    assert FakeLLM.made[0].calls.count("reload_weights") == pushes + 1
+
+
 def test_several_processes_are_told_to_share_servers(monkeypatch):
     monkeypatch.setattr(engine_module, "sum_over_ranks", lambda x: x)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
