@@ -116,6 +116,14 @@ def test_rows_to_evaluate_on(tmp_path):
         evaluate(configured("data.held_out=0"), tmp_path)
 
 
+def test_reward_models_are_moved_to_the_device(tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(RewardFunctions, "to", lambda self, device: moved.append((self.names, str(device))) or self)
+    given = ["limit=1", "samples=1", "greedy=false", "device=cpu"]
+    evaluate(configured(*given, "against.path=tiny", "judge=lit_rlhf.rewards.numeric_answer"), tmp_path)
+    assert moved[:2] == [(["exact_match"], "cpu"), (["numeric_answer"], "cpu")], "before anything is sampled"
+
+
 # models
 
 

@@ -10,6 +10,8 @@ import torch
 from tests.malformed.answers import QUICK, SMALL, Payload, evaluated, trained
 from tests.runs import fork
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from lit_rlhf.models.loading import ASSETS
 from tests.malformed.answers import Payload, evaluated, trained
 
+pytestmark = pytest.mark.slow
+
 LAYER = "model.layers.0.mlp.up_proj.weight"
 
 

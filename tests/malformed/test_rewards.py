@@ -8,6 +8,8 @@ from tests.malformed.answers import trained
 
 SOURCE = """
 import asyncio, math
+
+pytestmark = pytest.mark.slow
 NOT_CALLABLE = 3
 def short(completions, **columns): return [1.0]
 def texts(completions, **columns): return ["good"] * len(completions)
