@@ -149,8 +149,15 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
         if self._save_distributed_checkpoint:
             return state
-        whole = map_leaves(state, lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x)
+        whole = map_leaves(state, self._gathered)
         return whole if self.is_global_zero else {}
+
+    def _gathered(self, x: Any) -> Any:
+        """A weight as a whole, on the first rank's CPU; every rank has to ask, and keeps nothing."""
+        if not isinstance(x, DTensor):
+            return x
+        found = x.full_tensor()
+        return found.cpu() if self.is_global_zero else None
 
 
 def _sharded_like(x: Any, like: Any) -> Any:

@@ -276,13 +276,16 @@ class RLHFModule(LightningModule):
         """Shard the models where the strategy does; Lightning calls this before it asks for the optimiser.
 
         Raises:
-            InputError: a strategy that would shard them in another way.
+            InputError: a strategy that would shard them in another way, or compiled passes of sharded models.
         """
         strategy = self.trainer.strategy
+        zero3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+        if (zero3 or isinstance(strategy, FSDP2Strategy)) and self.models.shortcuts.torch_compile:
+            raise InputError("algo.torch_compile is not for sharded models, whose ranks compile apart; leave it out")
         if isinstance(strategy, FSDP2Strategy):
             self.models.shard(strategy.device_mesh)
             self.judges.shard(strategy.device_mesh)  # they have all reward functions
-        elif isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        elif zero3:
             self.models.shard(None)
         elif isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise InputError(
