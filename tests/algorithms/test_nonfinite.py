@@ -8,6 +8,7 @@ import torch
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.sft import SFT
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.parallel import local
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.resuming import SaveAt, assert_same, everything, fit_of
 
@@ -23,10 +24,13 @@ def broken(algorithm, steps, rank=0, by=torch.nan):
             return super().total_loss({name: term * (by if bad else 1.0) for name, term in terms.items()}, weights)
 
         def on_train_batch_start(self, batch, batch_idx):
-            self.history = [*getattr(self, "history", []), [p.detach().clone() for p in self.models.parameters()]]
+            self.history = [
+                *getattr(self, "history", []),
+                [local(p.detach()).clone() for p in self.models.parameters()],
+            ]
 
         def on_fit_end(self):
-            self.history.append([p.detach().clone() for p in self.models.parameters()])
+            self.history.append([local(p.detach()).clone() for p in self.models.parameters()])
             torch.save({"history": self.history}, f"{self.trainer.default_root_dir}/rank_{self.rank}.pt")
 
     Broken.__name__ = algorithm.__name__
@@ -76,8 +80,9 @@ def test_the_rows_that_brought_it_are_marked(tmp_path, monkeypatch):
     assert torch.equal(rows["nonfinite"], infinite)
 
 
-def test_all_ranks_leave_out_what_is_broken_on_one(tmp_path, monkeypatch):
-    fit(tmp_path, monkeypatch, broken(GRPO, {2}, rank=1), devices=2)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_all_ranks_leave_out_what_is_broken_on_one(tmp_path, monkeypatch, strategy):
+    fit(tmp_path, monkeypatch, broken(GRPO, {2}, rank=1), devices=2, strategy=strategy)
     for rank in range(2):
         assert moved(tmp_path, rank) == [True, True, False, True, True, True]
         assert (tmp_path / "nonfinite" / f"step_2_rank_{rank}.pt").exists()
