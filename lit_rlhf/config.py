@@ -163,7 +163,10 @@ def _check_choices(group: str, choices: Sequence[str], known: Sequence[str], swe
 
 
 def check_top_level(config: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
-    """Check the keys that stand in no group: their types, and the range of those that every entry point has."""
+    """Check the keys that stand in no group: names, types, and the range of those that every entry point has."""
+    known = {*_SHARED_KINDS, *kinds, *(folder.name for folder in conf_dir().iterdir() if folder.is_dir())}
+    if unknown := [key for key in config if key not in known]:  # of a yaml file; the command line's are refused before
+        raise InputError(f"unknown key {unknown[0]!r}{nearest(str(unknown[0]), known)}")
     for key, allowed in {**_SHARED_KINDS, **kinds}.items():
         if key not in config:
             raise InputError(f"{key!r} is missing; give {key}=...")

@@ -102,7 +102,7 @@ YAML = [
     ("seed: 1\nseed: 2\n", "a yaml file cannot be read: while constructing a mapping in"),
     ("algo:\n  groupsize: 3\n", "unknown key 'algo.groupsize'; did you mean 'group_size'?"),
     ("newkey: 3\n", "unknown key 'newkey'; "),
-    ("defaults:\n  - override /algo: nope\n", "In 'experiment/mine': Could not find 'algo/nope'"),
+    ("defaults:\n  - override /algo: nope\n", "In 'train': Could not find 'algo/nope'"),
     (
         "reward:\n  funcs: [{_target_: mine.Judge, api_key: sk-1234}]\n",
         "'reward.funcs.0.api_key' is a secret, and a",
