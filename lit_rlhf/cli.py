@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -27,6 +28,8 @@ from lit_rlhf.confidential import check_no_secrets
 from lit_rlhf.config import conf_dir, prepare_arguments
 from lit_rlhf.errors import InputError
 from lit_rlhf.failing import fail
+
+_LOST_RANK = re.compile(r"rank \d+, step \d+: another rank ")  # of `callbacks.lost_ranks`
 
 
 def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[DictConfig], None]) -> None:
@@ -61,10 +64,11 @@ def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[D
             _check_writable(run_folder())
             run(cfg)
         except Exception as error:
-            sentence, lost = _input_error(error), str(error).startswith("rank ")  # see `callbacks.lost_ranks`
-            if sentence is None and not lost:
-                raise
-            fail(sentence or str(error), code=2 if sentence else 1)
+            if (sentence := _input_error(error)) is not None:
+                fail(sentence)
+            if _LOST_RANK.match(str(error)):
+                fail(str(error), code=1)
+            raise
 
     try:
         hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(task)()

@@ -168,6 +168,16 @@ def test_a_mistake_in_code_keeps_its_traceback(here):
     assert "no_such_package_of_theirs" in finished.err
 
 
+def test_a_lost_rank_is_a_sentence_and_no_mistake_of_the_users(here):
+    said = "rank 1, step 3: another rank has ended; its own output says why"
+    Path("gone.py").write_text(f"raise RuntimeError({said!r})\n")
+    finished = fork("plugins=[gone]", *TINY, cwd=here)
+    assert (finished.code, finished.err.strip().splitlines()[-1]) == (1, f"error: {said}")
+    assert "Traceback" not in finished.err
+    Path("odd.py").write_text("raise RuntimeError('rank deficient')\n")
+    assert "Traceback" in fork("plugins=[odd]", *TINY, cwd=here).err
+
+
 @pytest.mark.slow
 def test_mistakes_in_a_process_of_their_own(here):
     sentence = new_process("algo.group_size=1", "debug=tiny", cwd=here).sentence()
