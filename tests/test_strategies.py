@@ -119,10 +119,12 @@ def test_steps_that_cannot_be_left_out_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="DeepSpeed needs a CUDA device")
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_trains(stage):
-    pytest.importorskip("deepspeed", reason="pip install 'lit_rlhf[deepspeed]'")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["fsdp2", "deepspeed 2", "deepspeed 3"])
+def test_a_gpu_samples_and_trains(name):
+    kind, _, stage = name.partition(" ")
+    if kind == "deepspeed":
+        pytest.importorskip("deepspeed", reason="pip install 'lit_rlhf[deepspeed]'")
     module = build(
         GRPO,
         tiny_model(),
@@ -134,7 +136,8 @@ def test_deepspeed_trains(stage):
     )
     before = {name: x.clone() for name, x in module.models.policy.state_dict().items()}
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    fitter = Trainer(accelerator="gpu", devices=1, strategy=strategies.deepspeed(stage), max_epochs=2, **quiet)
+    strategy = strategies.deepspeed(int(stage)) if stage else strategies.FSDP2Strategy()
+    fitter = Trainer(accelerator="gpu", devices=1, strategy=strategy, max_epochs=2, **quiet)
     fitter.fit(module, datamodule=RowsDataModule(prompt_rows(8)))
     with module.models.gathered("cpu"):
         after = module.models.policy.state_dict()

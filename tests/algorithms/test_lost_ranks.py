@@ -37,7 +37,7 @@ def rank(number, port, strategy, how, told):
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=STRATEGIES[strategy](timeout=3),
+        strategy=STRATEGIES[strategy](timeout=5),
         max_epochs=4,
         limit_val_batches=0,
         **quiet,
@@ -53,7 +53,7 @@ def rank(number, port, strategy, how, told):
     ("how", "sentence"),
     [
         ("dies", "rank 0, step [12]: another rank has ended; its own output says why"),
-        ("hangs", "rank 0, step [12]: another rank has not answered within 3 seconds; it hangs"),
+        ("hangs", "rank 0, step [12]: another rank has not answered within 5 seconds; it hangs"),
     ],
 )
 def test_the_rank_that_is_left_says_where(how, sentence, strategy):
