@@ -90,10 +90,13 @@ def load_merged(folder: Path) -> dict[str, Any]:
     """The checkpoint as a run without shards would have written it.
 
     Raises:
-        InputError: a file is missing or cannot be read.
+        InputError: a file is missing or cannot be read, or they are not of one checkpoint.
     """
     ranks = [_load(file) for file in _files(folder)]
-    merged: dict[str, Any] = _merged(ranks)
+    try:
+        merged: dict[str, Any] = _merged(ranks)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"ckpt_path: the files in {folder} are not of one checkpoint") from error
     return _load(folder / _REST) | merged
 
 
@@ -108,8 +111,9 @@ def _file(rank: int, ranks: int) -> str:
 
 def _files(folder: Path) -> list[Path]:
     """Every rank's, in order."""
-    found = sorted(folder.glob("rank-*.pt"))
-    ranks = int(found[0].stem.rpartition("-")[2]) if found else 0
+    found = sorted(folder.glob("rank-[0-9]*-of-[0-9]*.pt"))
+    last = found[0].stem.rpartition("-")[2] if found else ""
+    ranks = int(last) if last.isdigit() else len(found)
     expected = [folder / _file(rank, ranks) for rank in range(ranks)]
     if not found or found != expected:
         raise InputError(f"ckpt_path: {folder} is no whole checkpoint: it has {len(found)} of {ranks} ranks' files")
@@ -121,6 +125,8 @@ def _load(file: Path) -> dict[str, Any]:
         loaded: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of torch, pickle, zipfile, ...
         raise InputError(f"ckpt_path: {file} is not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"ckpt_path: {file} is no part of a checkpoint of lit_rlhf")
     return loaded
 
 

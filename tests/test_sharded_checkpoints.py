@@ -107,6 +107,15 @@ def test_a_missing_or_broken_file_is_a_sentence(saved):
         load_merged(saved)
 
 
+def test_files_of_different_checkpoints_are_a_sentence(saved):
+    torch.save({"state_dict": {"other": torch.ones(1)}}, saved / "rank-00001-of-00002.pt")
+    with pytest.raises(InputError, match=r"the files in .*last.ckpt are not of one checkpoint"):
+        load_merged(saved)
+    torch.save([1], saved / "rank-00001-of-00002.pt")
+    with pytest.raises(InputError, match=r"rank-00001-of-00002.pt is no part of a checkpoint"):
+        load_merged(saved)
+
+
 class Runs:
     def __reduce__(self):
         return print, ("this ran",)
