@@ -52,14 +52,15 @@ def wandb_logger(
     Args:
         save_dir: folder of the run.
         project: W&B project.
-        continues: a checkpoint in another run folder or this one; the W&B run of that folder goes on.
+        continues: a checkpoint in the `checkpoints/` of a run folder; the W&B run of that folder goes on.
         **kwargs: passed to `lightning.pytorch.loggers.WandbLogger`.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     if "WANDB_MODE" not in os.environ and not _logged_in():
         os.environ["WANDB_MODE"] = "offline"  # before wandb is first imported, which reads it
     Path(save_dir).mkdir(parents=True, exist_ok=True)
-    if continues is not None and (found := _run_id(Path(continues).resolve().parents[1])):
+    folder = None if continues is None else Path(continues).resolve().parent
+    if folder is not None and folder.name == "checkpoints" and (found := _run_id(folder.parent)):
         kwargs = {"id": found, "resume": "allow", **kwargs}
     logger = _RolloutWandbLogger(project=project, save_dir=save_dir, **kwargs)
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes it, and wandb warns that it means nothing

@@ -1,6 +1,7 @@
 """Whether a run goes online is decided by what lies on the machine; nobody is asked and nothing is sent."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +105,12 @@ def test_a_run_that_is_continued_keeps_its_wandb_run(machine, tmp_path, name):
     assert (logger._wandb_init["id"], logger._wandb_init["resume"]) == ("abc12xyz", "allow")
     chosen = wandb_logger(tmp_path / "third", continues=tmp_path / "first" / "checkpoints" / "last.ckpt", id="mine")
     assert chosen._wandb_init["id"] == "mine"
+
+
+def test_a_checkpoint_that_lies_elsewhere_is_of_no_known_wandb_run(machine, tmp_path):
+    (tmp_path / "wandb" / "run-20260102_030405-stranger").mkdir(parents=True)
+    for path in (tmp_path / "ckpts" / "a.ckpt", Path("/x.ckpt")):
+        assert wandb_logger(tmp_path / "second", continues=path)._wandb_init["id"] != "stranger"
 
 
 def test_a_run_that_continues_one_without_wandb_begins_its_own(machine, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class Report(Callback):
             write_report(self.folder)
         except InputError:  # nothing has been logged yet
             return
+        except Exception as error:  # a page is not worth a run
+            warnings.warn(f"report.html was not written: {type(error).__name__}: {error}", stacklevel=2)
 
 
 def _environment(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

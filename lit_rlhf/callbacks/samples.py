@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lit_rlhf.callbacks.hooks import RLHFCallback
+from lit_rlhf.errors import check_number
 from lit_rlhf.rollouts.sampler import decode, sampled_ids
 from lit_rlhf.types import Experience
 
@@ -28,6 +29,8 @@ class Samples(RLHFCallback):
     """
 
     def __init__(self, file: str | Path, every_n_rollouts: int = 10, groups: int = 2) -> None:
+        check_number("callbacks.samples.every_n_rollouts", every_n_rollouts, at_least=1)
+        check_number("callbacks.samples.groups", groups, at_least=1)
         self.file, self.every, self.groups = Path(file), every_n_rollouts, groups
 
     def on_rollout(self, trainer: Trainer, module: Any, experience: Experience) -> None:

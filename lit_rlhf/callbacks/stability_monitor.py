@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lit_rlhf.callbacks.hooks import RLHFCallback
-from lit_rlhf.monitoring.gates import GATES, Gate, Healthy, Track, plain, tracks_from
+from lit_rlhf.errors import check_number
+from lit_rlhf.monitoring.gates import GATES, Gate, Healthy, Track, checked_bounds, plain, tracks_from
 
 
 @dataclass
@@ -43,7 +44,8 @@ class StabilityMonitor(RLHFCallback):
     def __init__(
         self, patience: int = 5, bounds: Mapping[str, Any] | None = None, file: str | Path | None = None
     ) -> None:
-        self.patience, self.bounds = patience, dict(bounds or {})
+        check_number("callbacks.monitor.patience", patience, at_least=1)
+        self.patience, self.bounds = patience, checked_bounds(bounds or {})
         self.file = None if file is None else Path(file)
         self.findings: list[Finding] = []
         self._tracks: dict[str, Track] = {}
@@ -60,9 +62,20 @@ class StabilityMonitor(RLHFCallback):
         before = [asdict(finding) for finding in self.findings]
         for gate in GATES:
             self._look(gate, healthy, iteration, trainer)
-        now = [asdict(finding) for finding in self.findings]
-        if now != before and self.file is not None and trainer.is_global_zero:
-            self.file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        if before != [asdict(finding) for finding in self.findings]:
+            self._write(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave a file also where nothing is found, and what was found before a run was resumed."""
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if self.file is None or not trainer.is_global_zero:
+            return
+        temporary = self.file.with_name(f".{self.file.name}.part")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps([asdict(found) for found in self.findings], indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.file)
 
     def _look(self, gate: Gate, healthy: Healthy, iteration: int, trainer: Trainer) -> None:
         tracks = [self._tracks[name] for name in gate.needs if name in self._tracks]

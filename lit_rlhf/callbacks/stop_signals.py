@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 from lit_rlhf.callbacks.checkpoint import RolloutCheckpoint
 from lit_rlhf.ranks import sum_over_ranks
 
 
-class StopSignals(Callback):
+class StopSignals(Checkpoint):
     """On SIGTERM or Ctrl-C, finish the micro-batch, save `last.ckpt` and exit with 128 + the signal's number.
 
     The handler itself only takes a note: whatever the process is in the middle of is finished first. The ranks look at
@@ -32,6 +33,7 @@ class StopSignals(Callback):
     def __init__(self) -> None:
         self.received = 0  # the signal's number
         self._requeue: tuple[int, ...] = ()
+        self._stopping: list[int] = []
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,14 +53,25 @@ class StopSignals(Callback):
             print("\nstopping as soon as this step is done; Ctrl-C again ends at once", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        """Stop here, if any rank has been asked to.
+        """Stop here, if any rank has been asked to; after a rollout's last micro-batch when it has been logged.
 
         Raises:
             SystemExit: it has.
         """
-        asked = self._asked(pl_module)
-        if not asked:
-            return
+        self._stopping = self._asked(pl_module)
+        if self._stopping and pl_module.loop.position:
+            self._stop(trainer, self._stopping)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop now, if that was left to the end of the rollout. As a `Checkpoint` this comes after all others.
+
+        Raises:
+            SystemExit: it was.
+        """
+        if self._stopping:
+            self._stop(trainer, self._stopping)
+
+    def _stop(self, trainer: Trainer, asked: list[int]) -> None:
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)  # nothing disturbs the save: launchers send the ranks another
         keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, RolloutCheckpoint) and c.save_last]

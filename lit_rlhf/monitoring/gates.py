@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import median, stdev
 from typing import Any
+
+from lit_rlhf.errors import InputError
 
 FIRST, RECENT = 5, 10  # rollouts that a run is measured by: those that it begins with, and the newest
 
@@ -288,6 +290,14 @@ GATES = (
         "lower rollout.max_staleness or algo.buffer_size, or algo.lr",
     ),
     Gate(
+        "mismatch",
+        ("stability/mismatch_kl",),
+        above(
+            "stability/mismatch_kl", "mismatch_kl", "sampler and trainer are {now} nats per token apart, above {bound}"
+        ),
+        "give the engine the model's dtype (engine.dtype=float32), and look whether it has this run's weights",
+    ),
+    Gate(
         "gradient",
         ("stability/grad_norm",),
         _gradient,
@@ -304,6 +314,22 @@ GATES = (
         "raise algo.lr, and look whether chosen and rejected are the right way round",
     ),
 )
+
+
+def checked_bounds(bounds: Mapping[str, Any]) -> dict[str, Any]:
+    """Bounds by the names of `Healthy`.
+
+    Raises:
+        InputError: there is no such bound, or it is no number.
+    """
+    known = {f.name: f.default for f in fields(Healthy)}
+    for name, value in bounds.items():
+        if name not in known:
+            raise InputError(f"callbacks.monitor.bounds.{name}: there is no such bound; known: {', '.join(known)}")
+        numbers, wanted = ([*x] if isinstance(x, (list, tuple)) else [x] for x in (value, known[name]))
+        if len(numbers) != len(wanted) or not all(type(x) in (int, float) for x in numbers):
+            raise InputError(f"callbacks.monitor.bounds.{name} must be like {known[name]}, got {value!r}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in bounds.items()}
 
 
 def plain(tracks: Tracks) -> dict[str, Any]:

@@ -105,6 +105,9 @@ def _summary(run: RunFolder) -> str:
 
 
 def _findings(run: RunFolder) -> Iterable[str]:
+    if run.findings is None:
+        yield '<div class="card">The run had no stability monitor.</div>'
+        return
     if not run.findings:
         yield '<div class="well">The stability monitor found nothing wrong.</div>'
     for found in run.findings:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class RunFolder:
     path: Path
     rows: list[dict[str, float]]  # of metrics.csv, in order; what was not logged is not there
     samples: list[dict[str, Any]] = field(default_factory=list)
-    findings: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[dict[str, Any]] | None = None  # without a stability monitor
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)  # versions and machine
@@ -42,15 +43,15 @@ class RunFolder:
         earlier = [
             (int(m[1]), file) for file in folder.iterdir() if (m := re.fullmatch(r"metrics\.(\d+)\.csv", file.name))
         ]
-        rows = [row for file in [*(f for _, f in sorted(earlier)), folder / "metrics.csv"] for row in _rows(file)]
+        parts = [*(file for _, file in sorted(earlier)), folder / "metrics.csv"]
         return cls(
             folder,
-            rows,
-            [json.loads(line) for line in _text(folder / "samples.jsonl").splitlines()],
-            json.loads(_text(folder / "findings.json") or "[]"),
+            _without_repeats([row for file in parts for row in _rows(file)], "rollout/iteration"),
+            _without_repeats([*_json_lines(folder / "samples.jsonl")], "rollout", several=True),
+            _json(folder / "findings.json", None),
             yaml.safe_load(_text(folder / "config" / "config.yaml")) or {},
             yaml.safe_load(_text(folder / "config" / "overrides.yaml")) or [],
-            json.loads(_text(folder / "environment.json") or "{}"),
+            _json(folder / "environment.json", {}),
         )
 
     def line(self, metric: str, name: str | None = None) -> Line | None:
@@ -67,9 +68,51 @@ class RunFolder:
 def _rows(file: Path) -> Iterator[dict[str, float]]:
     with file.open(newline="") as lines:
         for row in csv.DictReader(lines):
-            values = {name: float(value) for name, value in row.items() if name and value}
-            yield {name: value for name, value in values.items() if math.isfinite(value)}
+            if None not in row.values():  # a kill has cut it off
+                yield {name: number for name, text in row.items() if (number := _number(text)) is not None}
+
+
+def _number(text: str) -> float | None:
+    """A finite number; None of anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _without_repeats(entries: list[dict[str, Any]], key: str, several: bool = False) -> list[dict[str, Any]]:
+    """The entries of a run that was continued: where it went back to an earlier `key`, what it then made is dropped.
+
+    Args:
+        entries: in the order they were written.
+        key: what grows.
+        several: whether entries that follow each other may have the same.
+    """
+    kept: list[dict[str, Any]] = []
+    last = -math.inf
+    for entry in entries:
+        now = entry.get(key)
+        if now is not None and (now < last or (now == last and not several)):
+            first = next(i for i, one in enumerate(kept) if one.get(key, -math.inf) >= now)
+            del kept[first:]
+        kept.append(entry)
+        last = last if now is None else now
+    return kept
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines that can be read: a kill may cut one off."""
+    for line in _text(file).splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def _json(file: Path, missing: Any) -> Any:
+    with suppress(json.JSONDecodeError):
+        return json.loads(_text(file))
+    return missing
 
 
 def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""

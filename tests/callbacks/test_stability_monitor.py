@@ -1,5 +1,6 @@
 """The monitor names what is wrong, since when, and what to change; of sound runs it says nothing."""
 
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.rloo import RLOO
 from lit_rlhf.callbacks.stability_monitor import StabilityMonitor
+from lit_rlhf.errors import InputError
 from lit_rlhf.monitoring.gates import GATES, Healthy
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.resuming import fit_of
@@ -27,7 +29,7 @@ SOUND = {
     "stability/grad_norm": 2.0,
     "stability/skipped_fraction": 0.0,
     "stability/ess": 0.9,
-    "stability/engine_kl": 0.001,
+    "stability/mismatch_kl": 0.001,
     "reward/reward_mean": 0.5,
     "reward/accuracy": 0.5,
     "reward/zero_std_fraction": 0.3,
@@ -49,6 +51,7 @@ SICK = {  # what goes wrong from rollout 20 on, as functions of the rollouts sin
     "length": {"rollout/response_length": lambda n: 20.0 + 3 * n, "reward/length_correlation": lambda n: 0.8},
     "advantages": {"stability/advantage_std": lambda n: 40.0},
     "value function": {"stability/explained_variance": lambda n: -3.0},
+    "mismatch": {"stability/mismatch_kl": lambda n: 0.2},
     "off-policy": {"stability/ess": lambda n: 0.1},
     "gradient": {"stability/grad_norm": lambda n: 500.0},
     "preferences": {"preference/preference_accuracy": lambda n: 0.5},
@@ -129,8 +132,29 @@ def test_groups_without_signal_matter_to_those_who_compare_within_groups():
 def test_bounds_of_one_s_own():
     moved = lambda n: {"stability/approx_kl": 0.08}  # noqa: E731
     assert watch(StabilityMonitor(bounds={"approx_kl": 0.1}), range(1, 60), moved).findings == []
-    with pytest.raises(TypeError, match="aprox_kl"):
-        watch(StabilityMonitor(bounds={"aprox_kl": 0.1}), range(1, 3))
+    for bounds, sentence in (
+        ({"aprox_kl": 0.1}, "callbacks.monitor.bounds.aprox_kl: there is no such bound; known: approx_kl, "),
+        ({"approx_kl": "x"}, "callbacks.monitor.bounds.approx_kl must be like 0.05, got 'x'"),
+        ({"advantage_std": 1.0}, r"bounds.advantage_std must be like \(0.1, 10.0\), got 1.0"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            StabilityMonitor(bounds=bounds)
+    with pytest.raises(InputError, match=r"callbacks.monitor.patience must be at least 1, got -3"):
+        StabilityMonitor(patience=-3)
+
+
+def test_findings_are_written_down_those_of_before_a_resume_too(tmp_path):
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[])
+    bad = lambda n: {"stability/approx_kl": 0.1}  # noqa: E731
+    before = watch(StabilityMonitor(file=tmp_path / "first.json"), range(1, 25), bad)
+    assert [found["gate"] for found in json.loads((tmp_path / "first.json").read_text())] == ["kl"]
+    after = StabilityMonitor(file=tmp_path / "second.json")
+    after.load_state_dict(before.state_dict())
+    after.on_train_start(trainer, None)
+    assert (tmp_path / "second.json").read_text() == (tmp_path / "first.json").read_text()
+    sound = StabilityMonitor(file=tmp_path / "sound.json")
+    sound.on_train_start(trainer, None)
+    assert json.loads((tmp_path / "sound.json").read_text()) == []
 
 
 def test_a_resumed_monitor_goes_on_where_it_was():

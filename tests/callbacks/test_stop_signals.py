@@ -9,12 +9,23 @@ from lightning.pytorch import Callback
 
 from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.callbacks.checkpoint import RolloutCheckpoint
+from lit_rlhf.callbacks.hooks import RLHFCallback
 from lit_rlhf.callbacks.stop_signals import StopSignals
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.resuming import assert_same, everything, fit_of, loop_in
 
 SIZES = {"group_size": 2, "prompts_per_rollout": 8, "minibatches": 2, "update_epochs": 2, "max_rounds": 3}
 ROLLOUTS = 3
+
+
+class Logged(RLHFCallback):
+    """What was logged, but for the times."""
+
+    def __init__(self):
+        self.lines = []
+
+    def on_metrics(self, trainer, module, values):
+        self.lines.append({name: x for name, x in values.items() if not name.startswith("perf/")})
 
 
 class Asked(Callback):
@@ -38,22 +49,26 @@ def fit(folder, *more, **arguments):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return everything(*fit(tmp_path_factory.mktemp("whole")))
+    logged = Logged()
+    return everything(*fit(tmp_path_factory.mktemp("whole"), logged)), logged.lines
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("batch", "place"), [(1, (0, 1)), (6, (1, 2)), (8, (2, 0))])
+@pytest.mark.parametrize(("batch", "place"), [(1, (0, 1)), (6, (1, 2)), (8, (2, 0)), (12, (3, 0))])
 def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, capsys, number, batch, place):
-    before = signal.getsignal(number)
+    """What it logs too: the rollout that a stop completes is logged before it, any other after the resume."""
+    before, logged = signal.getsignal(number), Logged()
     with pytest.raises(SystemExit) as stopped:
-        fit(tmp_path, Asked(batch, number))
+        fit(tmp_path, Asked(batch, number), logged)
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) == before
     loop = loop_in(tmp_path / "last.ckpt")
     assert (loop["iteration"], loop["position"]) == place
     said = capsys.readouterr().err
     assert f"stopped by {number.name} after optimiser step {batch}: resume with ckpt_path={tmp_path}/last.ckpt" in said
-    assert_same(everything(*fit(tmp_path, seed=1, ckpt_path=tmp_path / "last.ckpt")), whole)
+    expected, lines = whole
+    assert_same(everything(*fit(tmp_path, logged, seed=1, ckpt_path=tmp_path / "last.ckpt")), expected)
+    assert logged.lines == lines
 
 
 def test_within_a_step_of_several_micro_batches_too(tmp_path):

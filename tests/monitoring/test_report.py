@@ -17,6 +17,7 @@ from lit_rlhf.monitoring.run_folder import RunFolder
 from tests.runs import fork
 
 EVIL = '<script>document.title = "ran"</script>&"quoted"'
+SAMPLE = '{"prompt": "a", "completion": "b", "reward": 1.0, "tokens": 2, "finish": "stop"}'
 FINDING = {"gate": "kl", "since": 3, "says": "it moves 0.2 nats", "advice": "lower algo.lr", "until": None}
 
 
@@ -77,6 +78,28 @@ def test_a_run_continued_in_its_folder_is_one_curve(tmp_path):
     (folder / "metrics.2.csv").write_text("step,rollout/iteration,reward/reward_mean\n2,0,nan\n")
     line = RunFolder.read(folder).line("reward/reward_mean")
     assert (line.x, line.y) == ([-1, 1, 2, 3], [0.5, 0.01, 0.02, 0.03])
+
+
+def test_what_a_killed_run_made_twice_is_shown_once(tmp_path):
+    """It went on from the checkpoint after rollout 2; files that the kill has cut off are read as far as they go."""
+    folder = leave_run(tmp_path / "run", rollouts=5)
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.1.csv").write_text("\n".join(rows[:6]))
+    (folder / "metrics.csv").write_text("\n".join([rows[0], *rows[4:7]]) + "\n6,5,0.0")
+    line = RunFolder.read(folder).line("reward/reward_mean")
+    assert (line.x, line.y) == ([1, 2, 3, 4, 5], [0.01, 0.02, 0.03, 0.04, 0.05])
+    lines = [json.dumps({**json.loads(SAMPLE), "rollout": n}) for n in (0, 0, 3, 3, 4, 2, 2, 3)]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + '\n{"rollout": 4, "pro')
+    assert [sample["rollout"] for sample in RunFolder.read(folder).samples] == [0, 0, 2, 2, 3]
+    write_report(folder)
+
+
+def test_a_run_without_a_monitor_is_not_called_sound(tmp_path):
+    folder = leave_run(tmp_path / "run")
+    (folder / "findings.json").unlink()
+    text = write_report(folder).read_text()
+    assert "The run had no stability monitor." in text
+    assert "nothing wrong" not in text
 
 
 def test_no_run_is_one_sentence(tmp_path):
