@@ -6,8 +6,11 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing.util import _exit_function
@@ -349,6 +352,38 @@ def test_one_that_hangs_is_a_timeout(start, faults):
     (faults / "hang").touch()
     with pytest.raises(EngineTimeoutError, match=r"http://127.0.0.1:\d+ has not answered /inference/v1/gen"):
         engine.generate(PROMPTS[:1], SAMPLING, SEEDS[:1])
+
+
+@pytest.mark.parametrize("dribbles", ["head", "body", None])
+def test_one_that_dribbles_is_a_timeout(dribbles):
+    """Every part comes in time, the whole does not: without a deadline, this answer is there after two seconds."""
+    head, body = b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n", b"{" + b" " * 58 + b"}"
+    answer, told = head + body, threading.Event()
+    at_once = {"head": 0, "body": len(head), None: len(answer)}[dribbles]
+
+    def serve():
+        connection = listening.accept()[0]
+        with connection, suppress(OSError):
+            connection.recv(1000)
+            connection.sendall(answer[:at_once])
+            for i in range(at_once, len(answer)):
+                if told.wait(2 / 60):
+                    return
+                connection.sendall(answer[i : i + 1])
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = Server(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            if dribbles is None:
+                assert server.call("GET", "/health", timeout=5.0) == {}
+            else:
+                with pytest.raises(EngineTimeoutError, match=r"has not answered /health within 0 seconds"):
+                    server.call("GET", "/health", timeout=0.25)
+        finally:
+            told.set()
+            thread.join()
 
 
 @pytest.mark.parametrize("end", ["close", "forgotten"])

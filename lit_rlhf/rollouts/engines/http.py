@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import socket
-from typing import Any
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.rollouts.engines.base import EngineError, EngineTimeoutError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 KEY = "VLLM_API_KEY"  # environment variable, read by vLLM's server and here; a key on a command line is seen by all
 _CONNECT = 20.0  # seconds
@@ -30,6 +36,36 @@ class RefusedError(EngineError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class _Until(io.RawIOBase):
+    """What arrives on a socket until a deadline (`time.monotonic`); a socket's own timeout is for each part of it."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._arriving, self._deadline = sock, sock.makefile("rb", buffering=0), deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout  # noqa: UP041
+        self._sock.settimeout(left)
+        return self._arriving.readinto(buffer)
+
+    def close(self) -> None:
+        self._arriving.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer that has to be there, head and body, by a deadline."""
+
+    def __init__(self, sock: socket.socket, *args: Any, deadline: float, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Until(sock, deadline))
 
 
 class Server:
@@ -57,7 +93,7 @@ class Server:
 
         Raises:
             ServerGoneError: the connection fails, or the server says that it has failed itself.
-            EngineTimeoutError: no answer within `timeout` seconds.
+            EngineTimeoutError: the answer is not there, to its end, within `timeout` seconds.
             RefusedError: the server refuses.
         """
         headers = {"Content-Type": "application/json"}
@@ -90,13 +126,15 @@ class Server:
             return None
 
     def _connect(self, connection: http.client.HTTPConnection, timeout: float) -> None:
-        """Connect, soon or not at all; then the server has `timeout` seconds for each part of its answer."""
+        """Connect, soon or not at all; then the server has `timeout` seconds for its answer."""
         try:
             connection.connect()
         except OSError as error:
             raise ServerGoneError(f"no connection: {type(error).__name__}: {error}") from None
         assert connection.sock is not None
         connection.sock.settimeout(max(timeout, 0.001))
+        deadline = time.monotonic() + timeout
+        connection.response_class = partial(_Response, deadline=deadline)  # type: ignore[assignment]
 
     def is_up(self, timeout: float = 5.0) -> bool:
         """Whether it is ready to sample."""
