@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lit_rlhf.durable import part_of, remove, replace, standing, write_durably, writing
 from lit_rlhf.errors import InputError
-from lit_rlhf.sharded_checkpoints import is_sharded_checkpoint, load_merged, sync_folder, write_durably
+from lit_rlhf.sharded_checkpoints import check_takes_a_checkpoint, is_sharded_checkpoint, load_merged
 
 _LAST = "checkpoints/last.ckpt"  # of a run folder
 _DATED = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")  # the end of a run folder's path that the user did not choose
@@ -26,23 +26,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save `checkpoint` at `path`.
+        """Save `checkpoint` at `path`, where a checkpoint of shards may stand.
 
         Raises:
             InputError: it cannot be written, as when the disk is full; what stood at `path` stands there still.
         """
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(checkpoint, temporary)
-            temporary.replace(target)
-            sync_folder(target.parent)
-        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of its writer's
-            _remove(temporary)
-            kept = "the one before it is kept; make room and resume from that" if target.exists() else "make room"
-            reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None) or error
-            raise InputError(f"the checkpoint {target} could not be written ({reason}): {kept}") from error
+        temporary = part_of(target)
+        check_takes_a_checkpoint(target)
+        with writing(target):
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                remove(temporary)  # of shards, a folder
+                write_durably(checkpoint, temporary)
+                replace(target, temporary)
+            except (OSError, RuntimeError):
+                remove(temporary)
+                raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Load with `weights_only=True`: tensors and plain containers, nothing that runs; shards are put together.
@@ -50,16 +50,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: there is no such file, or it is no whole checkpoint.
         """
+        path = standing(Path(path))
         if is_sharded_checkpoint(path):
-            return load_merged(Path(path))
-        if not Path(path).is_file():
+            return load_merged(path)
+        if not path.is_file():
             raise InputError(f"ckpt_path: there is no file {path}")
         try:
             loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             raise InputError(f"ckpt_path: {path} is not a readable checkpoint ({type(error).__name__})") from error
         ours = isinstance(loaded, dict) and "lit_rlhf" in loaded
-        if not ours and Path(path).name != _HANDED_OVER:
+        if not ours and path.name != _HANDED_OVER:
             raise InputError(
                 f"ckpt_path: {path} is not a checkpoint of lit_rlhf; give one of the run folder's checkpoints/"
             )
@@ -84,17 +85,13 @@ def last_checkpoint(run_folder: str | Path) -> Path | None:
         InputError: there is no run before this one.
     """
     folder = Path(run_folder).resolve()
-    own = folder / _LAST
+    own = standing(folder / _LAST)
     if own.exists():
         return own
     if not _DATED.fullmatch(f"{folder.parent.name}/{folder.name}"):
         return None
-    found = list(folder.parents[1].glob(f"*/*/{_LAST}"))
+    runs = folder.parents[1].glob("*/*")
+    found = [file for run in runs if (file := standing(run / _LAST)).exists()]
     if not found:
         raise InputError(f"ckpt_path=last: there is no run with a {_LAST} in {folder.parents[1]}; leave ckpt_path out")
     return max(found, key=lambda file: file.stat().st_mtime_ns)
-
-
-def _remove(file: Path) -> None:
-    with suppress(OSError):  # the disk may be gone altogether
-        file.unlink(missing_ok=True)

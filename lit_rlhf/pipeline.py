@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_rlhf import cli
 from lit_rlhf.confidential import check_no_secrets
 from lit_rlhf.config import nearest, prepare_arguments, quoted
+from lit_rlhf.durable import standing
 from lit_rlhf.errors import InputError
 from lit_rlhf.failing import fail
 from lit_rlhf.stage_results import draw, results_of, table
@@ -61,7 +62,7 @@ def run_stages(stages: Sequence[Stage]) -> dict[str, Any]:
 
 
 def _command(stage: Stage) -> list[str]:
-    resumed = [f"ckpt_path={stage.checkpoint}"] if stage.checkpoint.exists() else []
+    resumed = [f"ckpt_path={stage.checkpoint}"] if standing(stage.checkpoint).exists() else []
     return ["python", "-m", "lit_rlhf.train", *stage.arguments, f"hydra.run.dir={quoted(str(stage.folder))}", *resumed]
 
 

@@ -9,9 +9,8 @@ Shards are along the first dimension; one behind the other they are the whole.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from lit_rlhf.durable import part_of, remove, replace, sync_folder, write_durably, writing
 from lit_rlhf.errors import InputError
 from lit_rlhf.ranks import gather_objects
 
@@ -33,12 +33,12 @@ def save_sharded(checkpoint: Mapping[str, Any], folder: Path, rank: int, ranks: 
     Raises:
         InputError: some rank could not write; on every one of them.
     """
-    parts, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+    parts = part_of(folder)
     own = {name: map_leaves(checkpoint[name], _packed) for name in _OF_A_RANK if name in checkpoint}
 
     def clear() -> None:
-        for left in (parts, old):
-            shutil.rmtree(left, ignore_errors=True)
+        check_takes_a_checkpoint(folder)
+        remove(parts)
         parts.mkdir(parents=True)
 
     def write() -> None:
@@ -48,34 +48,12 @@ def save_sharded(checkpoint: Mapping[str, Any], folder: Path, rank: int, ranks: 
 
     def rename() -> None:
         sync_folder(parts)
-        if folder.is_dir():
-            folder.rename(old)
-        folder.unlink(missing_ok=True)  # a checkpoint of one file
-        parts.rename(folder)
-        sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace(folder, parts)
 
     for step in (clear if rank == 0 else None, write, rename if rank == 0 else None):
-        _on_all_ranks(step, folder)
-
-
-def write_durably(content: Any, file: Path) -> None:
-    """Save `content`, and have it on the disk."""
-    with file.open("wb") as opened:
-        torch.save(content, opened)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with on_all_ranks(), writing(folder, f", on rank {rank}"):
+            if step is not None:
+                step()
 
 
 def load_sharded(folder: Path, rank: int, mesh: DeviceMesh) -> dict[str, Any]:
@@ -103,6 +81,12 @@ def load_merged(folder: Path) -> dict[str, Any]:
 def is_sharded_checkpoint(path: str | Path) -> bool:
     """Whether this is the folder of a sharded checkpoint."""
     return Path(path, _REST).is_file()
+
+
+def check_takes_a_checkpoint(path: Path) -> None:
+    """Raise an `InputError` where a folder stands that is no checkpoint."""
+    if path.is_dir() and not is_sharded_checkpoint(path):
+        raise InputError(f"the checkpoint {path} could not be written: a folder that is none has its name")
 
 
 def _file(rank: int, ranks: int) -> str:
@@ -169,17 +153,14 @@ def _is_shard(x: Any) -> bool:
     return isinstance(x, dict) and x.keys() == _SHARD
 
 
-def _on_all_ranks(step: Callable[[], None] | None, folder: Path) -> None:
-    """Do this rank's part of a step that writes; where it fails on one rank, it fails on all, and none waits."""
+@contextmanager
+def on_all_ranks() -> Iterator[None]:
+    """What fails with an `InputError` on one rank fails with it on all, and none waits. All ranks enter it."""
     failed = None
     try:
-        if step is not None:
-            step()
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of its writer's
+        yield
+    except InputError as error:
         failed = str(error)
-    for rank, reason in enumerate(gather_objects(failed)):
-        if reason is not None:
-            raise InputError(
-                f"the checkpoint {folder} could not be written ({reason}, on rank {rank}): make room and resume from "
-                "the one before it"
-            )
+    for sentence in gather_objects(failed):
+        if sentence is not None:
+            raise InputError(sentence)

@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from lit_rlhf.durable import standing
 from lit_rlhf.errors import InputError, check_number
-from lit_rlhf.sharded_checkpoints import is_sharded_checkpoint, load_sharded, map_leaves, save_sharded
+from lit_rlhf.sharded_checkpoints import is_sharded_checkpoint, load_sharded, map_leaves, on_all_ranks, save_sharded
 
 _WAIT = 1800.0  # seconds; torch's own for a process group
 
@@ -114,12 +115,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if self._save_distributed_checkpoint:
             save_sharded(checkpoint, path, self.global_rank, self.world_size)
-        elif self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, path)
+            return
+        with on_all_ranks():
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file, or this rank's part of a folder."""
-        path = Path(self.broadcast(checkpoint_path))
+        path = standing(Path(self.broadcast(checkpoint_path)))
         if is_sharded_checkpoint(path):
             return load_sharded(path, self.global_rank, self.device_mesh)
         return self.checkpoint_io.load_checkpoint(path)

@@ -16,7 +16,7 @@ LAYERS = (  # lowest first; parts of one layer do not know each other
     {"errors"},
     {"signatures"},
     {"types", "text", "functional", "config", "hub", "monitoring", "confidential"},
-    {"ranks", "failing"},
+    {"ranks", "failing", "durable"},
     {"registry"},
     {"metrics", "models"},
     {"rewards"},

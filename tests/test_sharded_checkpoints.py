@@ -1,14 +1,17 @@
 """Checkpoints of sharded runs: a file that any run could have written, or a folder of every rank's shards."""
 
+import errno
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
-from lit_rlhf import sharded_checkpoints
+from lit_rlhf import checkpoints, sharded_checkpoints
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.sft import SFT
-from lit_rlhf.checkpoints import AtomicCheckpointIO
+from lit_rlhf.checkpoints import AtomicCheckpointIO, last_checkpoint
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.parallel import whole
 from lit_rlhf.sharded_checkpoints import is_sharded_checkpoint, load_merged, map_leaves
@@ -140,7 +143,102 @@ def test_where_one_rank_cannot_write_all_say_so_and_the_one_before_is_kept(saved
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
 
     monkeypatch.undo()
-    monkeypatch.setattr(sharded_checkpoints, "gather_objects", lambda own: [own, "[Errno 5] Input/output error"])
-    with pytest.raises(InputError, match=r"Input/output error, on rank 1"):
+    monkeypatch.setattr(sharded_checkpoints, "gather_objects", lambda own: [own, "said by rank 1"])
+    with pytest.raises(InputError, match="said by rank 1"):
         sharded_checkpoints.save_sharded({"state_dict": {}}, saved, 0, 2)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+# a checkpoint takes the place of another
+
+
+WHOLE = {"lit_rlhf": {}, "state_dict": {}, "loops": {}, "epoch": 0, "global_step": 2, "pytorch-lightning_version": "2"}
+
+
+def killed_at_the_last_rename(save, monkeypatch):
+    """`save`, ended where what stood under the name has been put aside and the new one has not got it yet."""
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save()
+
+
+def sharded(path):
+    sharded_checkpoints.save_sharded({**WHOLE, "state_dict": {"new": torch.ones(1)}}, path, 0, 1)
+
+
+def single(path):
+    AtomicCheckpointIO().save_checkpoint({**WHOLE, "state_dict": {"new": torch.ones(1)}}, path)
+
+
+@pytest.mark.parametrize(("before", "save"), [("shards", sharded), ("shards", single), ("file", sharded)])
+def test_a_kill_between_two_checkpoints_loses_neither(before, save, saved, tmp_path, monkeypatch):
+    (run := tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    path = run / "last.ckpt"
+    if before == "shards":
+        saved.rename(path)
+    else:
+        AtomicCheckpointIO().save_checkpoint(WHOLE, path)
+    expected = AtomicCheckpointIO().load_checkpoint(path)
+    killed_at_the_last_rename(lambda: save(path), monkeypatch)
+    found = last_checkpoint(run.parent)
+    assert found is not None, "ckpt_path=last finds it"
+    for given in (found, path):
+        assert_same(AtomicCheckpointIO().load_checkpoint(given), expected)
+
+    def full(content, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        for module in (sharded_checkpoints, checkpoints):
+            patched.setattr(module, "write_durably", full)
+        with pytest.raises(InputError, match="the one before it is kept; make room and resume from that"):
+            save(path)
+    assert_same(AtomicCheckpointIO().load_checkpoint(path), expected)
+    save(path)
+    assert "new" in AtomicCheckpointIO().load_checkpoint(path)["state_dict"]
+    assert [x.name for x in run.iterdir()] == ["last.ckpt"]
+
+
+def test_a_folder_that_is_no_checkpoint_is_left_alone(tmp_path):
+    (path := tmp_path / "last.ckpt").mkdir()
+    (path / "mine").touch()
+    with pytest.raises(InputError, match="could not be written: a folder that is none has its name"):
+        single(path)
+    with pytest.raises(InputError, match="could not be written: a folder that is none has its name"):
+        sharded(path)
+    assert (path / "mine").exists()
+
+
+def test_what_cannot_get_the_name_leaves_what_has_it(saved, monkeypatch):
+    before = sorted(file.name for file in saved.iterdir())
+
+    def fails(self, target):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "replace", fails)
+    for save in (sharded, single):
+        with pytest.raises(InputError, match="the one before it is kept; put that right and resume from that"):
+            save(saved)
+        assert sorted(file.name for file in saved.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), r"\(Disk quota exceeded\): make room$"),
+        (OSError(errno.EACCES, "Permission denied"), r"\(Permission denied\): put that right$"),
+        (RuntimeError("unexpected pos 64"), r"\(unexpected pos 64\): put that right$"),
+    ],
+)
+def test_room_is_asked_for_where_there_is_none(error, sentence, tmp_path, monkeypatch):
+    def fails(content, file):
+        raise error
+
+    monkeypatch.setattr(checkpoints, "write_durably", fails)
+    with pytest.raises(InputError, match=sentence):
+        single(tmp_path / "last.ckpt")
