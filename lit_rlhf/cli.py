@@ -27,8 +27,9 @@ from omegaconf.resolvers import oc
 from lit_rlhf.confidential import check_no_secrets
 from lit_rlhf.config import conf_dir, prepare_arguments
 from lit_rlhf.errors import InputError
-from lit_rlhf.failing import fail
+from lit_rlhf.failing import fail, mask_traceback
 
+_NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
 _LOST_RANK = re.compile(r"rank \d+, step \d+: another rank ")  # of `callbacks.lost_ranks`
 
 
@@ -72,10 +73,11 @@ def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[D
 
     try:
         hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(task)()
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
-        if composed:
-            raise
-        fail(_not_composed(error))
+    except Exception as error:
+        if not composed and isinstance(error, _NOT_COMPOSED):
+            fail(_not_composed(error))
+        mask_traceback()
+        raise
 
 
 def primary(name: str) -> dict[str, Any]:

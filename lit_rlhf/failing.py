@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -30,6 +31,24 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
     elif not _is_said(store, line, rank):
         print(f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def mask_traceback() -> None:
+    """Let the traceback of an error that ends the process be told without secrets.
+
+    To be called last: W&B and torch print it from hooks of their own, which they install when a run begins.
+    """
+    hook = sys.excepthook
+
+    def tell(*error: Any) -> None:
+        stderr, sys.stderr = sys.stderr, io.StringIO()
+        try:
+            hook(*error)
+        finally:
+            told, sys.stderr = sys.stderr.getvalue(), stderr
+            print(masked(told), end="", file=sys.stderr, flush=True)
+
+    sys.excepthook = tell
 
 
 def _place() -> tuple[int, int]:

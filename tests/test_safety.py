@@ -1,12 +1,15 @@
 """What a run may not do: call anyone, or leave a secret behind; and an error of several processes is told once."""
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lit_rlhf import evaluate, export, train
 from lit_rlhf.confidential import check_no_secrets, masked
+from lit_rlhf.config import conf_dir
 from lit_rlhf.errors import InputError
 from tests.runs import fork, new_process
 
@@ -109,7 +112,10 @@ def test_secrets_of_the_environment_are_nowhere_in_what_a_run_leaves(here, monke
 
 @pytest.mark.parametrize(
     "key",
-    ["api_key", "apikey", "API-KEY", "openai_api_key", "token", "hf_token", "auth_token", "password", "client_secret"],
+    [
+        *("api_key", "apikey", "API-KEY", "apiKey", "openai_api_key", "token", "hf_token", "auth_token", "accessToken"),
+        *("password", "passwd", "pwd", "db_pwd", "bearer", "client_secret"),
+    ],
 )
 def test_a_secret_that_is_written_out_is_refused(key):
     for value in ("sk-1234", 1234, ["sk-1234"], {"of": "sk-1234"}):
@@ -117,6 +123,62 @@ def test_a_secret_that_is_written_out_is_refused(key):
             check_no_secrets({"reward": {"funcs": [{"_target_": "mine.Judge", key: value}]}})
     for value in ("${oc.env:KEY}", "Bearer ${oc.env:KEY}", "EMPTY", "", None, True):
         check_no_secrets({"reward": {"funcs": [{"_target_": "mine.Judge", key: value}]}})
+
+
+HEX = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # by what a key's value looks like
+        *({"openai_key": "sk-planted"}, {"key": "sk-1234"}, {"judge-key": "sk-1234"}, {"keys": ["sk-1234"]}),
+        *({"wandb_key": HEX}, {"key": HEX.upper()}, {"wandbKey": HEX}, {"x_key": "aB3dE5gH7jK9mN1pQ3sT5vW7"}),
+        *({"headers": {"X-Key": "abc"}}, {"extra_headers": {"X-Auth": "abc"}}, {"headers": {"Cookie": "id=1"}}),
+        # by the value alone
+        {"header": "Bearer sk-proj-abcdefghij0123456789"},
+        {"options": ["--with=sk-0123456789abcdef0123456789abcdef"]},
+        {"x": "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"},
+        {"x": "https://ghp_abcdefghijklmnopqrstuvwxyz0123456789@github.com/me/data"},
+        {"x": "github_pat_11ABCDEFG0abcdefghijkl_mnopqrstuv"},
+        {"x": "AKIAIOSFODNN7EXAMPLE"},
+        {"x": "${oc.env:NAME,hf_abcdefghijklmnopqrstuvwxyzABCDEFGH}"},
+        {"x": "postgresql://me:swordfish@db:5432/rows"},
+        {"x": "http://:swordfish@proxy"},
+    ],
+)
+def test_a_secret_that_its_key_does_not_name_is_refused(config):
+    with pytest.raises(InputError, match=r"^'reward.funcs.0.*' is a secret, and a run writes"):
+        check_no_secrets({"reward": {"funcs": [{"_target_": "mine.Judge", **config}]}})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"answer_key": "answer"}, {"answer_key": "answer_of_the_question_2"}, {"prompt_key": "hf_prompt"}),
+        *({"key": "prompt"}, {"keys": ["prompt", "answer"]}, {"monitor": "validation/reward_mean"}, {"kl_coef": 0.05}),
+        *({"monkey": HEX}, {"digest": HEX}, {"revision": HEX}, {"headers": {"X-Model": "abc"}}, {"cookie": "oat"}),
+        *(
+            {"tokenizer": "org/sk-model-7B-Instruct-2024"},
+            {"path": "sk-slovak-model-v2"},
+            {"name": "task-0123456789abcdef0"},
+        ),
+        *(
+            {"path": "hf_data/rows.jsonl"},
+            {"path": "hf://datasets/org/data@main/rows.parquet"},
+            {"x": "ssh://git@host/a"},
+        ),
+        *({"x": "http://127.0.0.1:8000/v1"}, {"x": "https://me:${oc.env:PASSWORD}@host"}, {"x": "a: b://c d:e@f"}),
+        *({"openai_key": "${oc.env:OPENAI_API_KEY}"}, {"headers": {"X-Key": "${oc.env:MINE}"}}, {"bearer": None}),
+    ],
+)
+def test_what_only_resembles_a_secret_is_none(config):
+    check_no_secrets({"data": config})
+
+
+def test_no_choice_of_our_own_is_a_secret():
+    for file in conf_dir().rglob("*.yaml"):
+        check_no_secrets(yaml.safe_load(file.read_text()))
 
 
 @pytest.mark.parametrize("key", ["pad_token", "max_new_tokens", "token_cache", "micro_batch_tokens", "key"])
@@ -137,6 +199,33 @@ def test_values_of_secret_variables_are_masked(monkeypatch):
     monkeypatch.setenv("SHORT_KEY", "the")
     monkeypatch.setenv("HARMLESS", "harmless-value")
     assert masked("the key sk-1234567890, harmless-value") == "the key ***, harmless-value"
+
+
+def test_a_traceback_is_masked(here, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "planted-in-the-environment")
+    Path("mine.py").write_text("""
+import os
+import sys
+def hook(*error):
+    sys.stderr.write("told by another's hook: ")
+    sys.__excepthook__(*error)
+sys.excepthook = hook  # as W&B and torch do, when the run has begun
+raise RuntimeError("no answer to " + os.environ["MY_API_KEY"])
+""")
+
+    def as_interpreters_do():
+        try:
+            train.main()
+        except RuntimeError as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+            sys.exit(1)
+
+    finished = fork("plugins=[mine]", "hydra.run.dir=run", cwd=here, main=as_interpreters_do)
+    assert finished.code == 1
+    assert "told by another's hook: Traceback (most" in finished.err
+    assert "in as_interpreters_do" in finished.err
+    assert finished.err.endswith("RuntimeError: no answer to ***\n"), finished.err
+    assert "planted" not in finished.err
 
 
 # several processes
