@@ -30,7 +30,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.failing import fail, mask_traceback
 
 _NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
-_LOST_RANK = re.compile(r"rank \d+, step \d+: another rank ")  # of `callbacks.lost_ranks`
+_LOST_RANK = re.compile(r"rank \d+, step \d+: (another rank|a collective) has ")  # of `callbacks.lost_ranks`
 
 
 def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[DictConfig], None]) -> None:

@@ -88,8 +88,13 @@ def writing(path: Path, where: str = "") -> Iterator[None]:
         advice = "make room" if cause is not None and cause.errno in _FULL else "put that right"
         if standing(path).exists():
             advice = f"the one before it is kept; {advice} and resume from that"
-        reason = (cause.strerror if cause is not None else None) or " ".join(str(error).split())
-        raise InputError(f"the checkpoint {path} could not be written ({reason}{where}): {advice}") from error
+        raise InputError(f"the checkpoint {path} could not be written ({reason_of(error)}{where}): {advice}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why something could not be written."""
+    cause = _cause(error)
+    return (cause.strerror if cause is not None else None) or " ".join(str(error).split())
 
 
 def _cause(error: BaseException | None) -> OSError | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_rlhf.durable import reason_of, remove, write_durably
 from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.models.parallel import local
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.base import RLHFModule
 
 _IN_A_ROW = "skipped_steps"  # of `LoopState.numbers`, so that a resumed run goes on counting
-_MOST_DUMPS = 10  # of a run and rank
+_MOST_DUMPS = 10  # of a process
 _WHAT_TO_DO = (
     "lower algo.lr, look for rewards or given log-probs that are huge, or compute in bf16 or float32, not float16"
 )
@@ -38,6 +39,7 @@ class NonFiniteSteps:
         check_number("algo.max_skipped_steps", limit, at_least=1)
         self.limit = limit
         self.rows: Sequence[Any] = ()  # the step's micro-batches on this rank
+        self._dumps = 0
 
     def skips(self, module: RLHFModule, norm: Tensor) -> bool:
         """Whether to leave the step out; if so, its rows are dumped.
@@ -69,15 +71,17 @@ class NonFiniteSteps:
         gradients = {n: local(p.grad) for n, p in module.models.named_parameters() if p.grad is not None}
         weights = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         said = f"not finite in them: {', '.join(sorted(suspicious))}" if suspicious else "their numbers are finite"
-        if len(list(folder.glob(f"*_rank_{module.rank}.pt"))) < _MOST_DUMPS:
+        if self._dumps == _MOST_DUMPS:
+            return f"its rows are not written down, as those of {_MOST_DUMPS} steps are ({said})"
+        content = {"step": step, "iteration": iteration, "parameters": weights, "rows": [_plain(r) for r in self.rows]}
+        file = folder / f"step_{step}_rank_{module.rank}.pt"
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-            content = {
-                "step": step,
-                "iteration": iteration,
-                "parameters": weights,
-                "rows": [_plain(r) for r in self.rows],
-            }
-            torch.save(content, folder / f"step_{step}_rank_{module.rank}.pt")
+            write_durably(content, file)
+        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of its writer's; the other ranks go on
+            remove(file)
+            return f"its rows could not be written to {folder} ({reason_of(error)}; {said})"
+        self._dumps += 1
         return f"its rows lie in {folder} ({said})"
 
 

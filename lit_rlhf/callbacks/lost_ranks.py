@@ -7,7 +7,11 @@ import re
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-_ENDED = re.compile("closed by peer|reset by peer|broken pipe|connection refused", re.IGNORECASE)
+_ENDED = re.compile(
+    "closed by peer|reset by peer|broken pipe|connection refused|got 0 bytes|likely closed|remote process exit",
+    re.IGNORECASE,
+)
+_LATE = re.compile(r"timed out|time ?out\b(?!\()", re.IGNORECASE)  # NCCL says `Timeout(ms)=` of any collective
 
 
 class LostRanks(Callback):
@@ -25,13 +29,15 @@ class LostRanks(Callback):
         timeout = getattr(trainer.strategy, "_timeout", None)
         if _ENDED.search(text):
             what = "another rank has ended; its own output says why"
-        else:
+        elif _LATE.search(text):
             seconds = "in time" if timeout is None else f"within {timeout.total_seconds():g} seconds"
             what = (
                 f"another rank has not answered {seconds}; it hangs, which its own output may tell, or is slow, and "
                 "trainer.strategy.timeout has to be longer"
             )
-        exception.args = (f"rank {trainer.global_rank}, step {trainer.global_step}: {what} ({text[:200]})",)
+        else:
+            what = "a collective has failed"
+        exception.args = (f"rank {trainer.global_rank}, step {trainer.global_step}: {what} ({text[:400]})",)
 
 
 def of_collective(error: BaseException) -> bool:

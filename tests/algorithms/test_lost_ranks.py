@@ -5,12 +5,16 @@ import os
 import re
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from lit_rlhf import strategies
 from lit_rlhf.algorithms.sft import SFT
+from lit_rlhf.callbacks.lost_ranks import LostRanks
+from lit_rlhf.cli import _LOST_RANK
 from lit_rlhf.data.modules import RowsDataModule
 from tests.helpers import build, prompt_rows
 
@@ -46,6 +50,31 @@ def rank(number, port, strategy, how, told):
         trainer.fit(build(Leaves, batch_size=8), datamodule=RowsDataModule(rows))
     except BaseException as error:
         told.put(str(error))
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?",
+            "another rank has ended",
+        ),
+        ("ncclRemoteError: remote process exited or there was a network error", "another rank has ended"),
+        (
+            "Watchdog caught collective operation timeout: WorkNCCL(Timeout(ms)=5)",
+            "another rank has not answered in time",
+        ),
+        ("wait timeout after 5000ms, keys: /default_pg/0", "another rank has not answered in time"),
+        ("ncclUnhandledCudaError: out of memory, WorkNCCL(Timeout(ms)=5)", "a collective has failed"),
+    ],
+)
+def test_what_a_collective_says_decides_what_is_said_of_it(text, what):
+    error = dist.DistBackendError(text)
+    place = SimpleNamespace(global_rank=3, global_step=12, strategy=SimpleNamespace())
+    LostRanks().on_exception(place, None, error)
+    assert str(error).startswith(f"rank 3, step 12: {what}")
+    assert text in str(error)
+    assert _LOST_RANK.match(str(error)), "the command line makes one sentence of it"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

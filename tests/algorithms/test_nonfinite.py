@@ -1,5 +1,6 @@
 """A gradient that is not finite changes no weight, on any rank; its rows are written down; too many end the run."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -86,6 +87,29 @@ def test_all_ranks_leave_out_what_is_broken_on_one(tmp_path, monkeypatch, strate
     for rank in range(2):
         assert moved(tmp_path, rank) == [True, True, False, True, True, True]
         assert (tmp_path / "nonfinite" / f"step_2_rank_{rank}.pt").exists()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_rows_that_cannot_be_written_end_no_rank(tmp_path, monkeypatch, devices, recwarn):
+    (tmp_path / "nonfinite").touch()  # where the folder would be
+    fit(tmp_path, monkeypatch, broken(GRPO, {2}), devices=devices)
+    for rank in range(devices):
+        assert moved(tmp_path, rank) == [True, True, False, True, True, True]
+    if devices == 1:
+        said = next(str(w.message) for w in recwarn if "is left out" in str(w.message))
+        assert re.search(
+            r"its rows could not be written to .*nonfinite \(File exists; their numbers are finite\)", said
+        )
+
+
+def test_dumps_of_earlier_runs_do_not_count(tmp_path, monkeypatch):
+    (folder := tmp_path / "nonfinite").mkdir()
+    for step in range(100, 109):
+        (folder / f"step_{step}_rank_0.pt").touch()
+    sizes = {"batch_size": 8, "max_skipped_steps": 100}
+    with pytest.warns(UserWarning, match="its rows are not written down, as those of 10 steps are"):
+        fit(tmp_path, monkeypatch, broken(SFT, set(range(12))), rollouts=12, sizes=sizes)
+    assert len([file for file in folder.iterdir() if file.stat().st_size]) == 10
 
 
 @pytest.mark.parametrize("devices", [1, 2])
