@@ -6,10 +6,11 @@ import pytest
 
 from tests.malformed.answers import trained
 
+pytestmark = pytest.mark.slow
+
 SOURCE = """
 import asyncio, math
 
-pytestmark = pytest.mark.slow
 NOT_CALLABLE = 3
 def short(completions, **columns): return [1.0]
 def texts(completions, **columns): return ["good"] * len(completions)
