@@ -107,7 +107,7 @@ class ImportanceCorrection:
         if behavior.ndim == 1 or self.level == "sequence":
             now, behavior = now.sum(1), behavior if behavior.ndim == 1 else behavior.sum(1)
             counted = counted.any(1)
-        raw, least = policy_ratio(now, behavior), self._least(batch, now.ndim)
+        raw, least = policy_ratio(now, behavior), self._least(batch, now)
         outside = (raw < least) | (raw > self.clip_max)
         found |= {"is_ratio": (raw, counted), "ess": (raw, counted), "clipped_fraction": (outside.float(), counted)}
         weights = importance_weights(now, behavior, least, self.clip_max, self.staleness_decay, gap)
@@ -115,9 +115,9 @@ class ImportanceCorrection:
         weights = torch.where(corrected.unsqueeze(1), weights, 1.0)
         return weights, {f"stability/{name}": cells for name, cells in found.items()}
 
-    def _least(self, batch: Experience, ndim: int) -> Tensor:
+    def _least(self, batch: Experience, logprobs: Tensor) -> Tensor:
         """The least weight of each row, `[N]` or `[N, 1]`: none where only the engine's arithmetic is corrected."""
-        least = torch.full((len(batch),), self.clip_min, device=batch.response_mask.device)
+        least = logprobs.new_full((len(batch),), self.clip_min)
         if self.level == "auto" and batch.staleness is not None:
             least = torch.where(batch.staleness > 0, least, 0.0)
-        return least if ndim == 1 else least.unsqueeze(1)
+        return least if logprobs.ndim == 1 else least.unsqueeze(1)

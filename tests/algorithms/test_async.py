@@ -302,7 +302,7 @@ class Broken(TransformersEngine):
 
 @pytest.mark.slow
 def test_on_the_command_line_it_is_one_sentence(tmp_path):
-    engine = "algo.engine={_target_: tests.algorithms.test_async.Broken, eos_token_ids: [1], pad_token_id: 0}"
+    engine = "engine._target_=tests.algorithms.test_async.Broken"
     arguments = [
         "debug=tiny",
         "algo=grpo",

@@ -405,7 +405,7 @@ def test_without_rewards_or_without_pairs_what_is_left_is_validated():
 
 
 def test_a_pair_that_is_alike_has_equal_rewards_and_is_not_right():
-    rows = [{"prompt": "5 6", "chosen": "7 8", "rejected": "7 8"}] * 2
+    rows = [{"prompt": "5 6", "chosen": "7 8", "rejected": "7  8"}] * 2  # other texts, the same tokens
     for name in ("dpo", "reward"):
         found = validated(make(name, reward_funcs=None), rows)
         assert found == {"val/preference_accuracy": 0, "val/reward_margin": 0}
