@@ -59,8 +59,8 @@ def test_a_dry_run_takes_no_step():
 
 
 @pytest.mark.slow
-def test_a_dry_run_from_the_command_line_leaves_nothing_but_its_configuration(tmp_path):
+def test_a_dry_run_from_the_command_line_leaves_next_to_nothing(tmp_path):
     ended = fork("algo=dapo", "dry_run=true", *QUIET, f"hydra.run.dir={tmp_path}/run", cwd=tmp_path)
     assert ended.code == 0, ended.err
     assert "a rollout: " in ended.err
-    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["config", "environment.json"]
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["environment.json"]
