@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch import strategies as of_lightning
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,6 +22,15 @@ from lit_rlhf.errors import InputError, check_number
 from lit_rlhf.sharded_checkpoints import is_sharded_checkpoint, load_sharded, map_leaves, on_all_ranks, save_sharded
 
 _WAIT = 1800.0  # seconds; torch's own for a process group
+
+
+class DDPStrategy(of_lightning.DDPStrategy):
+    """DDP whose ranks all end with what kept the first from writing a checkpoint, instead of waiting for it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a file on the first rank. All ranks call it."""
+        with on_all_ranks():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
 
 def ddp(timeout: float = _WAIT, find_unused_parameters: bool = False) -> DDPStrategy:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from lit_rlhf import strategies
 from lit_rlhf.algorithms.grpo import GRPO
@@ -26,7 +26,7 @@ def built(*arguments):
     return instantiate(config_of(*arguments).trainer.strategy)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ddp", DDPStrategy), ("fsdp2", strategies.FSDP2Strategy)])
+@pytest.mark.parametrize(("name", "kind"), [("ddp", strategies.DDPStrategy), ("fsdp2", strategies.FSDP2Strategy)])
 def test_strategies_have_a_timeout(name, kind):
     strategy = built(f"trainer={name}", "trainer.strategy.timeout=7")
     assert type(strategy) is kind

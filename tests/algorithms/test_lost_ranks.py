@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from lightning.pytorch import Trainer
 from lit_rlhf import strategies
 from lit_rlhf.algorithms.sft import SFT
 from lit_rlhf.callbacks.lost_ranks import LostRanks
+from lit_rlhf.checkpoints import AtomicCheckpointIO
 from lit_rlhf.cli import _LOST_RANK
 from lit_rlhf.data.modules import RowsDataModule
 from tests.helpers import build, prompt_rows
@@ -27,6 +29,8 @@ class Leaves(SFT):
     how = ""
 
     def training_step(self, batch, batch_idx=0):
+        if self.how == "cannot save" and self.global_step == 2:
+            self.trainer.save_checkpoint(f"{os.devnull}/last.ckpt")
         if self.rank == 1 and self.global_step == 2:
             os._exit(0) if self.how == "dies" else threading.Event().wait()
         return super().training_step(batch, batch_idx)
@@ -44,6 +48,7 @@ def rank(number, port, strategy, how, told):
         strategy=STRATEGIES[strategy](timeout=5),
         max_epochs=4,
         limit_val_batches=0,
+        plugins=[AtomicCheckpointIO()],
         **quiet,
     )
     try:
@@ -86,6 +91,20 @@ def test_what_a_collective_says_decides_what_is_said_of_it(text, what):
     ],
 )
 def test_the_rank_that_is_left_says_where(how, sentence, strategy):
+    with two_ranks(strategy, how) as told:
+        assert re.match(sentence, told.get(timeout=60))  # rank 1 may be a step ahead
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_the_first_rank_cannot_save_is_one_sentence_of_all(strategy):
+    with two_ranks(strategy, "cannot save") as told:
+        said = {told.get(timeout=60) for _ in range(2)}
+    assert said == {"the checkpoint /dev/null/last.ckpt could not be written (File exists): put that right"}
+
+
+@contextmanager
+def two_ranks(strategy, how):
+    """The queue in which two ranks tell what ended them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,7 +114,7 @@ def test_the_rank_that_is_left_says_where(how, sentence, strategy):
     for process in ranks:
         process.start()
     try:
-        assert re.match(sentence, told.get(timeout=60))  # rank 1 may be a step ahead
+        yield told
     finally:
         for process in ranks:
             process.kill()
