@@ -91,7 +91,7 @@ def test_the_cosine_does_not_apply_where_its_verifier_does_not_and_needs_what_it
 
 
 @pytest.mark.parametrize(
-    "fn", [regex_format("a+"), repetition_penalty(), overlong(4, 2), cosine_length(exact_match, 4)], ids=str
+    "fn", [regex_format("a+"), repetition_penalty(), overlong(4, 2), cosine_length(exact_match, 4)], ids=range(4)
 )
 def test_they_survive_a_pickle(fn):
     """Spawned processes are sent them."""
