@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_rlhf.callbacks.checkpoint import RolloutCheckpoint
 from lit_rlhf.ranks import sum_over_ranks
 
 
-class StopSignals(Checkpoint):
+class StopSignals(Callback):
     """On SIGTERM or Ctrl-C, finish the micro-batch, save `last.ckpt` and exit with 128 + the signal's number.
 
     The handler itself only takes a note: whatever the process is in the middle of is finished first. The ranks look at
@@ -41,6 +41,9 @@ class StopSignals(Checkpoint):
         self.received = 0
         if threading.current_thread() is not threading.main_thread():
             return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, _AfterTheOthers) for callback in callbacks):
+            callbacks.append(_AfterTheOthers(self))
         self._requeue = _requeue_signal(trainer)
         for number in (signal.SIGTERM, signal.SIGINT, *self._requeue):
             self._before[number] = signal.signal(number, self._note)
@@ -62,8 +65,8 @@ class StopSignals(Checkpoint):
         if self._stopping and pl_module.loop.position:
             self._stop(trainer, self._stopping)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop now, if that was left to the end of the rollout. As a `Checkpoint` this comes after all others.
+    def at_rollout_end(self, trainer: Trainer) -> None:
+        """Stop now, if that was left to the end of the rollout.
 
         Raises:
             SystemExit: it was.
@@ -101,6 +104,16 @@ class StopSignals(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same."""
         self.on_train_end(trainer, pl_module)
+
+
+class _AfterTheOthers(Checkpoint):
+    """Lightning calls checkpoint callbacks last, when a rollout is logged, and those that save before this one."""
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.signals.at_rollout_end(trainer)
 
 
 def _requeue_signal(trainer: Trainer) -> tuple[int, ...]:
