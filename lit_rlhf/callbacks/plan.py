@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from lit_rlhf.models.parallel import local
+
 
 class DryRunError(Exception):
     """The plan is printed and nothing else was asked for."""
@@ -76,8 +78,8 @@ def _memory(module: Any) -> str:
 
 
 def _bytes(parameter: nn.Parameter) -> int:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return int(local.numel() * local.element_size())
+    shard = local(parameter)
+    return shard.numel() * shard.element_size()
 
 
 def _count(number: float) -> str:

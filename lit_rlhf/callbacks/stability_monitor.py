@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lit_rlhf.callbacks.hooks import RLHFCallback
+from lit_rlhf.durable import part_of
 from lit_rlhf.errors import check_number
 from lit_rlhf.monitoring.gates import GATES, Gate, Healthy, Track, checked_bounds, plain, tracks_from
 
@@ -72,7 +73,7 @@ class StabilityMonitor(RLHFCallback):
     def _write(self, trainer: Trainer) -> None:
         if self.file is None or not trainer.is_global_zero:
             return
-        temporary = self.file.with_name(f".{self.file.name}.part")
+        temporary = part_of(self.file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps([asdict(found) for found in self.findings], indent=1) + "\n", encoding="utf-8")
         temporary.replace(self.file)

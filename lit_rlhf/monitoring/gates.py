@@ -6,6 +6,7 @@ where there is such, and otherwise lie well outside of what sound runs of every 
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -101,20 +102,18 @@ class Gate:
 
 def above(metric: str, bound: str, text: str) -> Check:
     """Text with `{now}` and `{bound}` where the metric is above its bound."""
-
-    def check(tracks: Tracks, healthy: Healthy) -> str | None:
-        now, limit = tracks[metric].now, getattr(healthy, bound)
-        return text.format(now=f"{now:.3g}", bound=f"{limit:.3g}") if now > limit else None
-
-    return check
+    return _compared(operator.gt, metric, bound, text)
 
 
 def below(metric: str, bound: str, text: str) -> Check:
     """The same where the metric is below it."""
+    return _compared(operator.lt, metric, bound, text)
 
+
+def _compared(wrong: Callable[[float, float], bool], metric: str, bound: str, text: str) -> Check:
     def check(tracks: Tracks, healthy: Healthy) -> str | None:
         now, limit = tracks[metric].now, getattr(healthy, bound)
-        return text.format(now=f"{now:.3g}", bound=f"{limit:.3g}") if now < limit else None
+        return text.format(now=f"{now:.3g}", bound=f"{limit:.3g}") if wrong(now, limit) else None
 
     return check
 
