@@ -92,6 +92,8 @@ def _suspicious(rows: Any) -> dict[str, Tensor]:
         if not x.is_floating_point() or x.ndim == 0 or name == "reward_parts":
             continue
         bad = ~x.isfinite()
+        if name == "old_logprobs" and getattr(rows, "unscored", None) is not None:
+            bad &= ~rows.unscored.unsqueeze(1)  # which are left to the update, and are no numbers until then
         found[name] = (bad & mask).any(1) if x.shape == mask.shape else bad
     return found
 

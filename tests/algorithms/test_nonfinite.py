@@ -81,6 +81,16 @@ def test_the_rows_that_brought_it_are_marked(tmp_path, monkeypatch):
     assert torch.equal(rows["nonfinite"], infinite)
 
 
+def test_log_probs_that_are_left_to_the_update_are_not_blamed(tmp_path, monkeypatch):
+    sizes = {**SIZES, "minibatches": 1, "sampling": SamplingConfig(max_new_tokens=4, top_p=0.9)}
+    with pytest.warns(UserWarning, match="their numbers are finite"):
+        fit(tmp_path, monkeypatch, broken(GRPO, {1}), sizes=sizes)
+    (rows,) = torch.load(tmp_path / "nonfinite" / "step_1_rank_0.pt", weights_only=True)["rows"]
+    assert rows["unscored"].all()
+    assert rows["old_logprobs"][rows["response_mask"]].isnan().all()
+    assert not rows["nonfinite"].any()
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_all_ranks_leave_out_what_is_broken_on_one(tmp_path, monkeypatch, strategy):
     fit(tmp_path, monkeypatch, broken(GRPO, {2}, rank=1), devices=2, strategy=strategy)
