@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,19 @@ from lit_rlhf.confidential import check_no_secrets
 from lit_rlhf.config import conf_dir, prepare_arguments
 from lit_rlhf.errors import InputError
 from lit_rlhf.failing import fail, mask_traceback
+from lit_rlhf.usage import usage
 
 _NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
 _LOST_RANK = re.compile(r"rank \d+, step \d+: (another rank|a collective) has ")  # of `callbacks.lost_ranks`
 
 
-def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[DictConfig], None]) -> None:
+def main(
+    name: str,
+    check: Callable[[Mapping[str, Any]], None],
+    run: Callable[[DictConfig], None],
+    about: str | None = None,
+    elsewhere: Iterable[str] = (),
+) -> None:
     """Read the command line, compose `conf/NAME.yaml`, check it and run.
 
     What the user got wrong is printed as one sentence and ends the process with code 2; until `run` is called nothing
@@ -43,8 +50,14 @@ def main(name: str, check: Callable[[Mapping[str, Any]], None], run: Callable[[D
         name: of the entry point and its yaml file.
         check: raises an `InputError` for what `run` could not use, from the plain configuration.
         run: does the work and prints what it found.
+        about: what `--help` begins with.
+        elsewhere: keys of groups that `check` refuses because another key decides them.
     """
     sys.path.insert(0, str(Path.cwd()))
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print((about or "").rstrip())
+        print("\n".join(usage(name, primary(name), sys.argv[1:], elsewhere)))
+        return
     try:
         sys.argv[1:] = prepare_arguments(sys.argv[1:], primary(name))
         check_grammar(sys.argv[1:])

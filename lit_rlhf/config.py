@@ -67,7 +67,7 @@ def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> l
     Raises:
         InputError: an unknown group, choice or key, with the nearest valid one.
     """
-    groups, top_level = _groups(primary["defaults"], _folders(arguments)), set(primary) - {"defaults"}
+    groups, top_level = choices(primary["defaults"], yaml_folders(arguments)), set(primary) - {"defaults"}
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     implied = _implied({key.lstrip("+"): value for key, _, value in (a.partition("=") for a in arguments)}, groups)
     prepared = []
@@ -99,14 +99,14 @@ def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> l
     return implied + prepared
 
 
-def _folders(arguments: Sequence[str]) -> list[Path]:
+def yaml_folders(arguments: Sequence[str]) -> list[Path]:
     """Where yaml files may be: our own, and the folder of the user's that `--config-dir` names."""
     named = [after for flag, after in pairwise(arguments) if flag in ("--config-dir", "-cd")]
     named += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-dir=")]
     return [conf_dir(), *map(Path, named)]
 
 
-def _groups(defaults: Iterable[str | Mapping[str, Any]], folders: Sequence[Path]) -> dict[str, list[str]]:
+def choices(defaults: Iterable[str | Mapping[str, Any]], folders: Sequence[Path]) -> dict[str, list[str]]:
     """The groups of a defaults list and their choices: yaml files, those in folders as `folder/name`.
 
     A folder in a group that the list has an entry of its own for, as `debug/steps`, is nothing to choose from.

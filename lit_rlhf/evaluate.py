@@ -33,6 +33,7 @@ _KINDS = {
     "judge": (str, type(None)),
     "device": (str, type(None)),
 }
+_ELSEWHERE = {"rollout.group_size": "samples=..."}
 _ROWS = ("held_out", "train")
 
 
@@ -219,7 +220,7 @@ def check_evaluation(config: Mapping[str, Any]) -> None:
             raise InputError(f"ks must be from 1 to samples={config['samples']}, got {k!r}")
     check_choice("rows", config["rows"], _ROWS)
     check_targets(config, ("model", "data", "reward", "rollout"))
-    check_elsewhere(config, {"rollout.group_size": "samples=..."})
+    check_elsewhere(config, _ELSEWHERE)
     if config["rollout"].get("max_staleness"):
         raise InputError("'rollout.max_staleness' would have no effect: nothing is trained here; leave it out")
     if config["judge"] is not None and config["against"]["path"] is None:
@@ -243,7 +244,7 @@ def _run(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of `python -m lit_rlhf.evaluate`."""
-    cli.main("evaluate", check_evaluation, _run)
+    cli.main("evaluate", check_evaluation, _run, __doc__, _ELSEWHERE)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from lit_rlhf import cli
 from lit_rlhf.errors import InputError
-from lit_rlhf.train import build_module, check_run, resolved
+from lit_rlhf.train import ELSEWHERE, build_module, check_run, resolved
 
 _EXPORTED = ("models.policy.", "models.value_head.")  # what a model in `model/` is made of
 
@@ -63,7 +63,7 @@ def _run(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of `python -m lit_rlhf.export`."""
-    cli.main("train", check_export, _run)
+    cli.main("train", check_export, _run, __doc__, ELSEWHERE)
 
 
 if __name__ == "__main__":

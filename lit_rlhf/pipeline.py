@@ -162,7 +162,7 @@ def main() -> None:
         sys.argv[1:], shared, of_stage = split_arguments(sys.argv[1:])
     except InputError as error:
         fail(str(error))
-    cli.main("pipeline", check_choices, lambda cfg: _pipeline(cfg, shared, of_stage))
+    cli.main("pipeline", check_choices, lambda cfg: _pipeline(cfg, shared, of_stage), __doc__)
 
 
 if __name__ == "__main__":

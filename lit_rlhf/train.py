@@ -1,6 +1,6 @@
 """Train one algorithm: `python -m lit_rlhf.train algo=dapo`.
 
-Instantiates data, module, callbacks, loggers and trainer from the configuration, and calls fit.
+It builds data, module, callbacks, loggers and trainer as the arguments say, and calls fit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lit_rlhf import cli
 from lit_rlhf.config import check_config, check_elsewhere, check_targets, check_top_level, signature_of
 from lit_rlhf.errors import InputError, check_number
 
-_ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
+ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
     "algo.policy": "model.path=...",
     "algo.tokenizer": "tokenizer=...",
     "algo.reward_funcs": "reward.funcs=[...]",
@@ -124,7 +124,7 @@ def check_run(config: Mapping[str, Any]) -> None:
             f"trainer.precision={precision} cannot convert these batches; write model.dtype=bfloat16 instead, "
             "without trainer.precision"
         )
-    check_elsewhere(config, _ELSEWHERE)
+    check_elsewhere(config, ELSEWHERE)
     if config["ckpt_path"] in ("", "best", "hpc"):  # words of Lightning's for other things
         raise InputError(f"ckpt_path={config['ckpt_path']} is no file; give a checkpoint, or last for the newest")
     check_config(config)
@@ -151,7 +151,7 @@ def _run(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of `python -m lit_rlhf.train` and of the `lit-rlhf` command."""
-    cli.main("train", check_run, _run)
+    cli.main("train", check_run, _run, __doc__, ELSEWHERE)
 
 
 def resolved(ckpt_path: str | None) -> str | None:

@@ -43,7 +43,7 @@ def run_folder(finished):
 @pytest.mark.parametrize(
     ("argument", "code", "said"),
     [
-        ("--help", 0, "Configuration groups"),
+        ("--help", 0, "clip-higher, token-level loss"),
         ("algo=dapoo", 2, "error: unknown choice algo=dapoo; did you mean 'dapo'?"),
         ("algo.groupsize=3", 2, "error: unknown key 'algo.groupsize'; did you mean 'group_size'?"),
         ("algo.group_size=many", 2, "error: 'algo.group_size' must be int, got 'many'"),
