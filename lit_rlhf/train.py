@@ -42,7 +42,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     """Build everything that `cfg` describes and fit.
 
     Returns:
-        The last metrics that callbacks can monitor, and the objects by name.
+        The last metrics that callbacks can monitor, and the objects by name; `before` are the metrics of the start.
     """
     from lightning.pytorch import Callback, LightningDataModule, Trainer
     from lightning.pytorch.loggers import Logger
@@ -66,9 +66,11 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         cli.save_config(cfg, cli.run_folder())
     for logger in trainer.loggers:
         logger.log_hyperparams(cli.recorded(cfg))
+    before: dict[str, float] = {}
     try:
         if cfg.validate_first and not cfg.ckpt_path and not cfg.dry_run:
             trainer.validate(module, datamodule=data, verbose=False)
+            before = {name: float(value) for name, value in trainer.callback_metrics.items()}
         trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
         if module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
@@ -77,7 +79,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     finally:
         close_engine(module.engine)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return metrics, {"data": data, "module": module, "trainer": trainer}
+    return metrics, {"data": data, "module": module, "trainer": trainer, "before": before}
 
 
 def build_module(cfg: DictConfig) -> Any:
@@ -143,7 +145,8 @@ def _run(cfg: DictConfig) -> None:
     if not built["trainer"].is_global_zero:
         return
     for name in sorted(name for name in metrics if name.startswith("val/")):
-        print(f"{name}: {metrics[name]:.3f}")
+        before = built["before"].get(name)
+        print(f"{name}: {metrics[name]:.3f}" + ("" if before is None else f" (before: {before:.3f})"))
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
     print(cli.run_folder())

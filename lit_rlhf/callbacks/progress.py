@@ -1,21 +1,25 @@
-"""One line that counts rollouts (or passes) and shows reward and accuracy."""
+"""One line that counts rollouts (or passes) and shows the time left, reward and accuracy."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-_NAMES = {  # a line has little room
+_NAMES = {  # a line has little room; the last are left out first
     "reward/reward_mean": "reward",
     "reward/accuracy": "accuracy",
     "stability/approx_kl": "kl",
-    "stability/entropy": "entropy",
     "perf/tokens_per_second": "tokens/s",
+    "stability/entropy": "entropy",
 }
+_SLACK = 4  # columns that the count and the time left may grow by
+_FORMAT = "{desc} |{bar:8}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}"
 
 
 class RolloutProgressBar(ProgressBar):
@@ -43,7 +47,8 @@ class RolloutProgressBar(ProgressBar):
             total=trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None,
             initial=trainer.current_epoch,
             desc=type(pl_module).__name__,
-            unit=" rollouts" if hasattr(pl_module, "collect") else " passes",
+            unit="rollouts" if hasattr(pl_module, "collect") else "passes",
+            bar_format=_FORMAT,
             disable=not self._enabled,
             file=sys.stderr,
             dynamic_ncols=sys.stderr.isatty(),
@@ -66,8 +71,9 @@ class RolloutProgressBar(ProgressBar):
     def _show(self, trainer: Trainer, done: int) -> None:
         if self._bar is None or done <= self._bar.n:
             return
-        shown = {_NAMES.get(k, k.split("/")[-1]): _short(v) for k, v in trainer.progress_bar_metrics.items()}
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix_str("", refresh=False)
+        room = self._bar.format_dict["ncols"] - len(str(self._bar)) - _SLACK if sys.stderr.isatty() else float("inf")
+        self._bar.set_postfix_str(_shown(trainer.progress_bar_metrics, room), refresh=False)
         self._bar.update(done - self._bar.n)
         total = self._bar.total
         between = done != total and done % max(1, (total or 100) // 10) == 0  # the last line comes with the close
@@ -81,7 +87,16 @@ class RolloutProgressBar(ProgressBar):
             self._bar = None
 
 
+def _shown(metrics: Mapping[str, Any], room: float) -> str:
+    """As many metrics as have room: a number that is cut off would be another number."""
+    order = {name: place for place, name in enumerate(_NAMES)}
+    names = sorted(metrics, key=lambda name: order.get(name, len(order)))
+    shown = [f"{_NAMES.get(name, name.split('/')[-1])} {_short(metrics[name])}" for name in names]
+    ends = accumulate(len(", " + text) for text in shown)
+    return ", ".join(text for text, end in zip(shown, ends, strict=True) if end <= room)
+
+
 def _short(value: Any) -> str:
     """Three decimals of what is small, none of what is large."""
     number = float(value)
-    return f"{number:.3f}" if abs(number) < 100 else f"{number:.0f}"
+    return f"{number:.3f}" if abs(number) < 100 else f"{number:,.0f}"

@@ -1,5 +1,6 @@
 """The bar's numbers are those of the rollout it has just counted."""
 
+import io
 import re
 
 import pytest
@@ -16,7 +17,7 @@ from lit_rlhf.types import SamplingConfig
 from tests.helpers import build, prompt_rows, tiny_model, trainer
 from tests.runs import metrics_of
 
-LINE = re.compile(r"(?P<name>\w+): +(?P<percent>\d+)%\|.*\| (?P<done>\d+)/(?P<total>\d+) \[.*?, (?P<shown>\w+=.*)\]")
+LINE = re.compile(r"(?P<name>\w+) \|.*\| (?P<done>\d+)/(?P<total>\d+) (rollouts|passes), [\d:]+ left, (?P<shown>.*)")
 
 
 @verifier
@@ -42,7 +43,7 @@ def lines(stderr):
 
 
 def numbers(match):
-    return dict(pair.split("=") for pair in match["shown"].split(", "))
+    return dict(pair.split(" ") for pair in match["shown"].split(", "))
 
 
 def test_each_line_shows_the_reward_and_the_accuracy_of_the_rollout_just_done(tmp_path, capsys):
@@ -55,7 +56,7 @@ def test_each_line_shows_the_reward_and_the_accuracy_of_the_rollout_just_done(tm
         expected = {"reward": "reward/reward_mean", "accuracy": "reward/accuracy", "entropy": "stability/entropy"}
         shown = {name: f"{row[key]:.3f}" for name, key in {**expected, "kl": "stability/approx_kl"}.items()}
         rate = row["perf/tokens_per_second"]
-        assert numbers(match) == {**shown, "tokens/s": f"{rate:.0f}" if rate >= 100 else f"{rate:.3f}"}
+        assert numbers(match) == {**shown, "tokens/s": f"{rate:,.0f}" if rate >= 100 else f"{rate:.3f}"}
     assert len({row["reward/reward_mean"] for row in logged}) == 3, "equal rollouts would prove nothing"
 
 
@@ -70,6 +71,24 @@ def test_passes_over_demonstrations_are_counted_with_their_loss(tmp_path, capsys
     losses = [row["loss/loss"] for row in metrics_of(tmp_path) if "loss/loss" in row]
     assert found[0]["name"] == "SFT"
     assert [numbers(m) for m in found[:2]] == [{"loss": f"{loss:.3f}"} for loss in losses]
+
+
+@pytest.mark.parametrize(("columns", "last"), [(50, "left"), (80, "accuracy 0."), (92, "kl 0."), (160, "entropy ")])
+def test_no_number_is_cut_off_where_the_terminal_is_narrow(columns, last, tmp_path, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 40))
+    fit(tmp_path)
+    shown = [part.rstrip() for part in terminal.getvalue().split("\r") if "/3 rollouts, " in part and "?" not in part]
+    assert shown
+    for line in shown:
+        assert len(line) < columns
+        assert re.search(r"\d left(, [a-z/]+ -?(\d,)?\d+(\.\d{3})?)*$", line), line
+        assert last in line.rpartition(", ")[2]
 
 
 def test_other_ranks_are_quiet(tmp_path, capsys):
