@@ -15,17 +15,17 @@ PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (  # lowest first; parts of one layer do not know each other
     {"errors"},
     {"signatures"},
-    {"types", "text", "functional", "config", "hub", "monitoring", "confidential"},
-    {"ranks", "failing", "durable"},
+    {"types", "text", "functional", "config", "hub", "monitoring", "confidential", "versions"},
+    {"ranks", "failing", "durable", "loggers"},
     {"registry"},
     {"metrics", "models"},
     {"rewards"},
     {"rollouts", "data"},
     {"sharded_checkpoints"},
-    {"callbacks", "loggers", "checkpoints", "strategies", "evaluation"},
+    {"callbacks", "checkpoints", "strategies", "evaluation"},
     {"algorithms"},
     {"cli", "stages"},
-    {"train", "evaluate", "stage_results", "report"},
+    {"train", "evaluate", "stage_results", "report", "workspace"},
     {"pipeline", "export"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.loggers import csv_logger, wandb_logger
 
 ENTRY = "machine {host} login user password 0123456789012345678901234567890123456789\n"
@@ -95,6 +96,12 @@ def test_the_metrics_of_a_run_continued_in_its_own_folder_are_kept(tmp_path):
         "metrics.2.csv": "0.5",
         "metrics.csv": "0.75",
     }
+
+
+@pytest.mark.parametrize("choice", ["end", 1.5, None, "ALL"])
+def test_what_log_model_is_not(machine, tmp_path, choice):
+    with pytest.raises(InputError, match=f"logger.wandb.log_model must be true, false or all, got {choice!r}"):
+        wandb_logger(tmp_path, log_model=choice)
 
 
 @pytest.mark.parametrize("name", ["run-20260102_030405-abc12xyz", "offline-run-20260102_030405-abc12xyz"])

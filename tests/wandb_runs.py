@@ -21,3 +21,11 @@ def records_of(folder):
 def history_of(folder):
     """What was logged, line by line."""
     return [record["item"] for record in records_of(folder).get("history", [])]
+
+
+def table_of(folder, name="samples"):
+    """Columns and rows of the newest table of that name."""
+    newest = [line for line in history_of(folder) if f"{name}._type" in line][-1]
+    (file,) = Path(folder).glob(f"wandb/*run-*/files/{newest[f'{name}.path']}")
+    table = json.loads(file.read_text())
+    return table["columns"], table["data"]

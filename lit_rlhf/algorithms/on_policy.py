@@ -31,6 +31,7 @@ from lit_rlhf.algorithms.on_policy_checks import (
 )
 from lit_rlhf.algorithms.on_policy_stats import (
     ON_POLICY_STATS,
+    RATIO_BINS,
     count_rewards,
     explained,
     loss_stats,
@@ -47,6 +48,7 @@ from lit_rlhf.algorithms.reward_scaling import RewardArgs, RewardScaling
 from lit_rlhf.algorithms.target_kl import TargetKL
 from lit_rlhf.errors import check_choice
 from lit_rlhf.functional.shaping import add_scores
+from lit_rlhf.metrics import Histogram
 from lit_rlhf.models.parallel import local
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.models.wrapper import ValueKind
@@ -175,6 +177,7 @@ class OnPolicyModule(RLHFModule):
         check_arguments(self)
         warn_of_idle(self, {**parts, "kl_in": kl_in})
         self.prompts: PromptStream | None = None
+        self.ratios = Histogram(*RATIO_BINS)
         self.clock = {"rollout": 0.0, "wait": 0.0, "update": 0.0, "tokens": 0.0}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -342,6 +345,7 @@ class OnPolicyModule(RLHFModule):
         rows = with_found(rows, scores)
         loss = self.total_loss(self.compute_loss(scores, rows), {"value_loss": self.critic.coef})
         cells = update_stats(scores, rows)
+        self.ratios.update(*cells["stability/ratio"])
         self.count(cells if self.importance.exact_engine else {**cells, **mismatch_stats(rows)})
         self.target_kl.add(*cells["stability/approx_kl"])
         return loss
@@ -442,6 +446,7 @@ class OnPolicyModule(RLHFModule):
         if self.ahead.max_staleness:
             found["perf/wait_seconds"] = self.clock["wait"]
         self.publish(self.stats, found)
+        self.ratios.reset()
         self.clock = dict.fromkeys(self.clock, 0.0)
 
     # -- data ----------------------------------------------------------------------------------------------------
@@ -496,3 +501,12 @@ class OnPolicyModule(RLHFModule):
         """See `RLHFModule.on_save_checkpoint`; waits for what is sampled ahead."""
         self.ahead.finish(self.loop)
         super().on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `RLHFModule.on_load_checkpoint`."""
+        super().on_load_checkpoint(checkpoint)
+        own = checkpoint["lit_rlhf"]["ranks"][self.rank]
+        self.ratios.counts = own.get("ratios", self.ratios.counts).to(self.device)
+
+    def _counted(self) -> dict[str, Any]:
+        return {**super()._counted(), "ratios": self.ratios.counts.clone()}

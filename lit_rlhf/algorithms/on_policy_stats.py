@@ -24,6 +24,8 @@ from lit_rlhf.types import Experience, PromptBatch, ScoredRollout
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.on_policy import OnPolicyModule
 
+RATIO_BINS = (0.0, 2.0, 41)  # of policy / old policy, with 1 in the middle of a bin
+
 # Counted over the completions with a reward, for the correlation, and not logged.
 _LENGTH, _WITH_LENGTH = "reward/length", "reward/reward_plus_length"
 

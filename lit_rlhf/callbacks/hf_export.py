@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from transformers import GenerationConfig
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.loggers import RolloutWandbLogger
 from lit_rlhf.models.adapters import is_adapted, save_adapter
 from lit_rlhf.rollouts.sampler import end_token_ids
 
@@ -50,10 +51,17 @@ class HFExport(Callback):
         with pl_module.models.gathered("cpu", keep=trainer.is_global_zero):
             if not trainer.is_global_zero:
                 return
+            written = []
             if self.merge:
                 export(pl_module, self.folder)
+                written.append(self.folder)
             if is_adapted(pl_module.models.policy) and pl_module.exports_adapter:
-                _write(self.folder.parent / "adapter", pl_module, lambda at: save_adapter(pl_module.models.policy, at))
+                written.append(self.folder.parent / "adapter")
+                _write(written[-1], pl_module, lambda at: save_adapter(pl_module.models.policy, at))
+        for logger in trainer.loggers:
+            if isinstance(logger, RolloutWandbLogger):
+                for folder in written:
+                    logger.log_exported(folder)
 
 
 def export(module: Any, folder: str | Path) -> None:

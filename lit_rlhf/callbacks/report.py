@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.monitoring.page import write_report
-
-_PACKAGES = ("lit_rlhf", "torch", "lightning", "transformers", "torchmetrics", "wandb")
+from lit_rlhf.versions import versions
 
 
 class Report(Callback):
@@ -66,7 +64,7 @@ class Report(Callback):
 def _environment(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "CPU"
     return {
-        **{package: version(package) for package in _PACKAGES},
+        **versions(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "devices": f"{trainer.world_size} x {device}, {type(trainer.strategy).__name__}, {trainer.precision}",

@@ -1,6 +1,7 @@
 """torchmetrics over `functional`: float64 sums, exact however batches and ranks are split."""
 
 from lit_rlhf.metrics.advantages import GeneralizedAdvantageEstimation, GroupNormalization
+from lit_rlhf.metrics.histogram import Histogram
 from lit_rlhf.metrics.masked_stats import Cells, MaskedStats
 from lit_rlhf.metrics.preferences import PreferenceAccuracy, RewardMargin
 from lit_rlhf.metrics.rollouts import LengthStatistics, RewardStatistics
@@ -20,6 +21,7 @@ __all__ = [
     "ExplainedVariance",
     "GeneralizedAdvantageEstimation",
     "GroupNormalization",
+    "Histogram",
     "ImportanceRatio",
     "KLDivergence",
     "LengthStatistics",

@@ -94,8 +94,24 @@ def half_width(moments: Moments, samples: int = 1) -> Tensor:
     return (high - low) / 2
 
 
-class MomentsMetric(Metric):
-    """A metric whose states are the moments of K quantities; it stays in float64 whatever the module is cast to.
+class SumsMetric(Metric):
+    """A metric whose states are sums in float64, and stay it whatever the module is cast to."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] | str = "") -> nn.Module:
+        """Move with the module, but keep the precision: `.half()` and `.to(torch.bfloat16)` would ruin the sums."""
+
+        def move_only(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        return super()._apply(move_only, exclude_state)
+
+
+class MomentsMetric(SumsMetric):
+    """A metric whose states are the moments of K quantities.
 
     In a `MetricCollection` pass `compute_groups=False`: it merges metrics whose states are equal after the first
     batch, as those of KL and clip fraction are (all 0) on the first on-policy minibatch.
@@ -105,9 +121,7 @@ class MomentsMetric(Metric):
         **kwargs: of `torchmetrics.Metric`.
     """
 
-    is_differentiable = False
     higher_is_better: bool | None = None
-    full_state_update = False
 
     sums: Tensor
     highs: Tensor
@@ -125,12 +139,3 @@ class MomentsMetric(Metric):
     def _add(self, moments: Moments) -> None:
         self.sums = self.sums + moments.sums.to(self.sums.device)
         self.highs = torch.maximum(self.highs, moments.highs.to(self.highs.device))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] | str = "") -> nn.Module:
-        """Move with the module, but keep the precision: `.half()` and `.to(torch.bfloat16)` would ruin the sums."""
-
-        def move_only(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == x.dtype else x.to(moved.device)
-
-        return super()._apply(move_only, exclude_state)

@@ -34,12 +34,18 @@ def fit_of(
     devices=1,
     rows=None,
     strategy="ddp",
+    logger=False,
 ):
     """A run; `seed` decides the weights it begins with, before a checkpoint replaces them."""
     optimisation = {"lr": 1e-2, "lr_schedule": "linear", "warmup_steps": 2, "seed": 7, "reward_funcs": [first_is_even]}
     module = build(algorithm, tiny_model(seed=seed), **{**optimisation, **arguments})
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    saving = {"callbacks": list(callbacks), "enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()]}
+    saving = {
+        "callbacks": list(callbacks),
+        "enable_checkpointing": saves,
+        "plugins": [AtomicCheckpointIO()],
+        "logger": logger,
+    }
     fitter = trainer(devices, accumulate, rollouts, strategy, gradient_clip_val=1.0, **saving)
     fitter.fit(module, datamodule=RowsDataModule(rows or demonstrations()), ckpt_path=ckpt_path)
     return module, fitter

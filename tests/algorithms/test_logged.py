@@ -1,5 +1,6 @@
 """Which names are logged, with what, on ranks that counted different ones and in a run that was continued."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from lit_rlhf.algorithms.gspo import GSPO
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.reinforce import REINFORCE
 from lit_rlhf.algorithms.remax import ReMax
+from lit_rlhf.callbacks.hooks import RLHFCallback
 from lit_rlhf.data.modules import RowsDataModule
 from lit_rlhf.metrics import MaskedStats
 from lit_rlhf.types import SamplingConfig
@@ -150,3 +152,65 @@ class TestTheClipOfValues:
         else:
             outside = ((new - old).abs() > 0.05).double().mean().item()
             assert stats["stability/value_clip_fraction"] == pytest.approx(outside) != 0
+
+
+class Spread(RLHFCallback):
+    """Keeps the histogram of the ratios, rollout by rollout, and leaves it in a folder for every rank."""
+
+    def __init__(self, folder=None):
+        self.folder, self.found = folder, []
+
+    def on_metrics(self, trainer, module, values):
+        self.found.append(module.ratios.compute()[0].tolist())
+        if self.folder is not None:
+            torch.save((self.found, module.ratios_seen), self.folder / f"{trainer.global_rank}.pt")
+
+
+class Watched(GRPO):
+    """Keeps every ratio that it trains on, and trains hard enough to move some of them beyond the bins."""
+
+    def compute_loss(self, scores, batch):
+        ratios = (scores.logprobs.detach() - batch.old_logprobs).exp()[batch.response_mask].tolist()
+        self.ratios_seen = [*getattr(self, "ratios_seen", []), *ratios]
+        return super().compute_loss(scores, batch)
+
+
+RATIOS = {
+    "group_size": 2,
+    "prompts_per_rollout": 8,
+    "minibatches": 2,
+    "update_epochs": 2,
+    "sampling": SamplingConfig(max_new_tokens=4),
+    "lr": 0.05,
+    "warmup_steps": 0,
+}
+
+
+def bins_of(ratios):
+    """The bin of 1 reaches from 40/41 to 42/41: numbers near its middle are in it, however they are rounded."""
+    return np.histogram(np.clip(ratios, 0, 2), bins=np.linspace(0, 2, 42))[0].tolist()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_ratios_of_all_tokens_trained_on_are_counted_once(accumulate):
+    spread = Spread()
+    module, _ = fit_of(Watched, RATIOS, 2, accumulate, callbacks=[spread])
+    first, second = spread.found
+    assert [a + b for a, b in zip(first, second, strict=True)] == bins_of(module.ratios_seen)
+    assert first[20] > 0, "the first step is at the old policy"
+    assert sum(x > 0 for x in first) > 5
+    assert first[-1] > 0, "no ratio is above 2"
+
+
+def test_the_ratios_of_all_ranks_are_counted(tmp_path):
+    fit_of(Watched, RATIOS, 1, devices=2, callbacks=[Spread(tmp_path)])
+    (first, seen), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == second == [bins_of([*seen, *others])]
+    assert seen != others
+
+
+def test_the_ratios_before_a_break_are_counted_too(tmp_path):
+    path, whole, rest = tmp_path / "odd.ckpt", Spread(), Spread()
+    fit_of(Watched, RATIOS, 2, 2, callbacks=[SaveAt(11, path), whole])
+    fit_of(Watched, RATIOS, 2, 2, seed=1, ckpt_path=path, callbacks=[rest])
+    assert rest.found[-1] == whole.found[-1]

@@ -8,8 +8,6 @@ from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.callbacks.samples import Samples
 from lit_rlhf.types import SamplingConfig
 from tests.algorithms.resuming import fit_of
-from tests.runs import fork, metrics_of
-from tests.wandb_runs import history_of, records_of
 
 SIZES = {"group_size": 2, "prompts_per_rollout": 4, "sampling": SamplingConfig(max_new_tokens=4)}
 
@@ -50,34 +48,3 @@ def test_a_resumed_run_goes_on_with_the_file(tmp_path):
     for _ in range(2):
         fit_of(GRPO, SIZES, 1, callbacks=[Samples(tmp_path / "samples.jsonl")])
     assert len(lines_of(tmp_path / "samples.jsonl")) == 8
-
-
-@pytest.mark.slow
-def test_an_offline_run_in_wandb_is_complete(tmp_path):
-    """Read back from W&B's own file: names, values, axes, samples and histograms."""
-    arguments = ["algo=grpo", "preset=null", "algo.prompts_per_rollout=4", "algo.group_size=2", "trainer.max_epochs=3"]
-    ended = fork(
-        *arguments, "data.held_out=4", "callbacks.progress=null", f"hydra.run.dir={tmp_path}/run", cwd=tmp_path
-    )
-    assert ended.code == 0, ended.err
-    records, history = records_of(tmp_path / "run"), history_of(tmp_path / "run")
-    logged = [line for line in history if "loss/loss" in line]
-    expected = [row for row in metrics_of(tmp_path / "run") if "loss/loss" in row]
-    assert len(logged) == len(expected) == 3
-    for line, row in zip(logged, expected, strict=True):
-        for name in row.keys() - {"step", "epoch"}:
-            assert line[name] == pytest.approx(row[name], rel=1e-5), name
-    axes = {m.get("glob_name") or m["name"]: m.get("step_metric") for m in records["metric"]}
-    assert axes["stability/*"] == axes["reward/reward_mean"] == "rollout/iteration"
-    assert axes["val/accuracy_sampled"] == "trainer/global_step"
-    summary = {m["name"]: m["summary"] for m in records["metric"] if "summary" in m}
-    assert "max" in str(summary["val/accuracy_sampled"])
-    tables = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/table/samples_*.json"))
-    first = json.loads(tables[0].read_text())
-    columns = ["prompt", "completion", "reward", "advantage", "tokens", "finish", "exact_match"]
-    assert first["columns"] == columns
-    assert len(first["data"]) == 4
-    assert len(tables) == 2, "of the first rollout and of the last"
-    assert any("reward/histogram._type" in line for line in history)
-    config = str(records["config"])
-    assert "prompts_per_rollout" in config
