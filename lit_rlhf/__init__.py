@@ -6,6 +6,7 @@ Public names are imported on first use (PEP 562): `import lit_rlhf` costs no tor
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -77,7 +78,16 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'lit_rlhf' has no attribute {name!r}")
+    message = f"module 'lit_rlhf' has no attribute {name!r}"
+    # `from lit_rlhf import Dapo` first asks whether there is that attribute, and drops what an AttributeError says
+    if sys._getframe(1).f_code.co_name == "_handle_fromlist":
+        from importlib.util import find_spec
+
+        from lit_rlhf.signatures import nearest
+
+        if find_spec(f"lit_rlhf.{name}") is None:
+            raise ImportError(message + nearest(name, _HOMES), name="lit_rlhf")
+    raise AttributeError(message)
 
 
 def __dir__() -> list[str]:

@@ -27,13 +27,18 @@ _MAPPINGS = ("Mapping", "dict")
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` with the known name closest to `name`, or the list of them when none is close.
 
-    A name without its folder is compared with the names inside folders, too.
+    Upper and lower case are alike. A name without its folder is compared with the names inside folders, too.
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    inside = difflib.get_close_matches(name, [path.rpartition("/")[2] for path in known], n=1, cutoff=0.6)
+    close = _closest(name, known)
+    inside = _closest(name, [path.rpartition("/")[2] for path in known])
     found = close or [path for path in known if path.rpartition("/")[2] in inside]
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else f"; known: {', '.join(known)}"
+
+
+def _closest(name: str, known: Iterable[str]) -> list[str]:
+    spelt = {other.lower(): other for other in known}
+    return [spelt[other] for other in difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.6)]
 
 
 @dataclass(frozen=True)

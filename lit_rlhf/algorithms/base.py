@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from lit_rlhf.algorithms.documentation import document
 from lit_rlhf.algorithms.nonfinite import NonFiniteSteps
 from lit_rlhf.algorithms.parts import Parts
 from lit_rlhf.algorithms.schedule import DECAY, Schedule, check_betas, check_learning_rate, default_lr, lr_factor
@@ -90,7 +91,12 @@ class RLHFModule(LightningModule):
             run ends. The rows of each lie in the run folder's `nonfinite/`.
         validation_samples: completions sampled per held-out prompt in validation.
         seed: decides the order of the data and every sampled token.
+        reference: hold a frozen copy of the policy, or, of a policy with adapters, look at it without them.
+        value: hold a value function: `"none"`, `"shared"` (a head on the policy) or `"separate"` (a model of its own).
+        value_std: standard deviation of the initial weights of its head.
     """
+
+    argument_parts: ClassVar[tuple[type, ...]] = ()  # what else reads the constructor's keywords, for `help()`
 
     stats_spec: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # logged name -> which of value, mean, std, min, max
     progress_keys: ClassVar[tuple[str, ...]] = ("loss/loss",)  # shown in the progress bar
@@ -159,6 +165,11 @@ class RLHFModule(LightningModule):
         self.stats = MaskedStats(self.stats_spec)
         self._before_step: dict[str, Any] | None = None  # the metrics at the beginning of the optimiser step
         self.validation_stats = MaskedStats(VALIDATION_STATS, samples=self.validation_samples)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Write the docstring and signature of an algorithm, see `algorithms.documentation`."""
+        super().__init_subclass__(**kwargs)
+        document(cls)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

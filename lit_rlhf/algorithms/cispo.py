@@ -19,6 +19,11 @@ from lit_rlhf.errors import InputError, check_number
 class CISPO(OnPolicyModule):
     """REINFORCE with group-relative advantages and a clipped, detached importance weight per token.
 
+    Choose it for several updates per rollout: no token loses its gradient to a clip.
+
+    Example:
+        module = CISPO(policy="tiny", minibatches=4, clip_max=3.0)
+
     Args:
         clip_min: least weight of a token.
         clip_max: greatest weight of a token.

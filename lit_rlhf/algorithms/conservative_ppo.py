@@ -28,12 +28,23 @@ from lit_rlhf.types import Experience
 class ConservativePPO(OnPolicyModule):
     """PPO that is held near the reference by a quadratic penalty above a KL threshold.
 
+    Choose it when the policy must stay near the reference.
+
+    Example:
+        module = ConservativePPO(policy="tiny", max_kl_divergence=0.02, adaptive=True)
+
     Args:
         conservative_coef: c, to begin with.
         max_kl_divergence: kappa, nats per token.
         adaptive: move c, within `conservative_coef_range`.
+        conservative_coef_range: least and greatest c.
         penalty_kl: `"full"`, over the vocabulary, or `"k2"`, from the sampled tokens.
-        kl_coef: beta of a further KL term in the reward. The other arguments are as in `PPO`.
+        gamma: discount per token.
+        gae_lambda: lambda of GAE; 0 trusts the value function, 1 the returns.
+        clip_ratio_low: eps below 1.
+        clip_ratio_high: eps above 1.
+        kl_coef: beta of a further KL term, in the reward unless `kl_in="loss"`.
+        loss_agg: the average over all tokens of the step is `"token-mean"`.
         **on_policy: the arguments of `OnPolicyModule`.
     """
 

@@ -30,6 +30,11 @@ from lit_rlhf.types import PromptBatch, ScoredRollout
 class DAPO(OnPolicyModule):
     """Clip-higher, token-level loss, dynamic sampling with bounded refill, soft overlong penalty.
 
+    Choose it when many prompts are always or never solved, or when completions are long.
+
+    Example:
+        module = DAPO(policy="tiny", clip_ratio_high=0.3, overlong_buffer=4)
+
     Args:
         clip_ratio_low: eps_low; the ratio of a bad completion's token is clipped at 1 - eps_low.
         clip_ratio_high: eps_high; the ratio of a good completion's token is clipped at 1 + eps_high.

@@ -30,6 +30,11 @@ Kind = Literal["sigmoid", "hinge", "ipo", "robust"]
 class DPO(PreferenceModule):
     """Raise the log-ratio of the preferred completion over the other one.
 
+    Choose it when there are preference pairs and a policy is wanted, without a reward model and without sampling.
+
+    Example:
+        module = DPO(policy="tiny", beta=0.05)
+
     Args:
         lr: AdamW's peak learning rate; by default `recommended_lr` of the policy's size. The paper has 1e-6.
         beta: how strongly the policy is held to the reference.

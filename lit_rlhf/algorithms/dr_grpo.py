@@ -18,6 +18,11 @@ from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 class DrGRPO(OnPolicyModule):
     """Group mean as the baseline, nothing divided by a length or a deviation of the sample.
 
+    Choose it when completions grow without getting better.
+
+    Example:
+        module = DrGRPO(policy="tiny", group_size=16)
+
     Args:
         clip_ratio_low: eps below 1.
         clip_ratio_high: eps above 1.

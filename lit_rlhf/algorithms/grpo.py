@@ -23,6 +23,11 @@ from lit_rlhf.errors import check_choice
 class GRPO(OnPolicyModule):
     """Group-relative advantages, the clipped objective, the mean over each completion, then over completions.
 
+    Choose it to start with, wherever several completions per prompt can be sampled: no value function to train.
+
+    Example:
+        module = GRPO(policy="tiny", group_size=16, kl_coef=0.01)
+
     Args:
         clip_ratio_low: eps below 1.
         clip_ratio_high: eps above 1.

@@ -19,6 +19,11 @@ from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 class GSPO(OnPolicyModule):
     """Group-relative advantages, the clip on the length-normalised ratio of the sequence.
 
+    Choose it for long completions, mixtures of experts and large models, where ratios of single tokens are noise.
+
+    Example:
+        module = GSPO(policy="tiny", minibatches=2)
+
     Args:
         clip_ratio_low: eps_low; of a mean log-ratio, hence two orders of magnitude below a token's.
         clip_ratio_high: eps_high.

@@ -26,14 +26,21 @@ _DRAW = 1  # a stream of random numbers apart from that of the minibatches
 class ImportanceSampling(OnPolicyModule):
     """The score function on replayed completions, weighed by how likely they are now.
 
+    Choose it when completions are stale or replayed.
+
+    Example:
+        module = ImportanceSampling(policy="tiny", buffer_size=8)
+
     Args:
         clip_ratio: c; weights are clipped to [1/c, c].
         buffer_size: rollouts held; each rollout's groups are drawn from all of them alike.
         min_staleness: draw only groups sampled at least so many rollouts ago, as soon as there are any.
         kl_coef: beta, weight of a KL term, weighed like the samples; Signal's preset has 0.1.
         loss_agg: the average over all tokens of the step is `"token-mean"`.
-        **on_policy: the arguments of `OnPolicyModule`; `staleness_decay` is 1 unless given, and `importance_clip_min`
-            or `_max` replaces a side of `clip_ratio`.
+        importance_clip_min: least weight instead of 1/c.
+        importance_clip_max: greatest weight instead of c.
+        staleness_decay: factor per rollout between the sampling weights and those trained; by default 1.
+        **on_policy: the arguments of `OnPolicyModule`.
     """
 
     advantage_estimator = "batch_mean"

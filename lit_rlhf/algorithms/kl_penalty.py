@@ -39,7 +39,8 @@ class KLPenalty:
     Args:
         kl_coef: beta, to begin with.
         kl_in: `"reward"`, `"loss"` or `"both"`.
-        kl_estimator: `"k1"`, `"k2"`, `"k3"`, or, in the loss, `"full"`, the sum over the vocabulary. None: as above.
+        kl_estimator: `"k1"`, `"k2"`, `"k3"`, or, in the loss, `"full"`, the sum over the vocabulary. None: k1 in the
+            reward, k3 in the loss.
         kl_unbiased: multiply the loss's estimate by the ratio of the policy to pi_old, with its gradient.
         kl_target: KL wanted, in nats per completion; beta is moved towards it (Ziegler). None: it is fixed.
         kl_horizon: completions over which beta adapts.

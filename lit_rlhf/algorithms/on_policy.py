@@ -109,6 +109,7 @@ class OnPolicyModule(RLHFModule):
             `SuccessCurriculum`.
     """
 
+    argument_parts = (KLPenalty, Critic, ImportanceCorrection, RewardScaling, SuccessCurriculum)
     advantage_estimator: Any = "group_normalize"
     policy_loss: Any = "clip"
     kl_in: Place = "loss"
@@ -227,7 +228,7 @@ class OnPolicyModule(RLHFModule):
         return experience
 
     def gather(self, prompts: PromptBatch) -> ScoredRollout:
-        """The samples of one rollout: those of `prompts`. Dynamic sampling replaces some of them."""
+        """Hook: the samples of one rollout, those of `prompts`. Dynamic sampling replaces some of them."""
         return self.sample_recorded(prompts)
 
     def sample_recorded(self, prompts: PromptBatch) -> ScoredRollout:

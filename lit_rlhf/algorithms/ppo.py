@@ -22,6 +22,11 @@ from lit_rlhf.errors import check_number
 class PPO(OnPolicyModule):
     """Clipped policy and value losses on generalised advantages, with the KL to the reference in the reward.
 
+    Choose it for the steadiest updates, or for rewards per token: its value function tells tokens apart.
+
+    Example:
+        module = PPO(policy="tiny", gae_lambda=0.9, kl_target=0.1)
+
     Args:
         gamma: discount per token.
         gae_lambda: lambda; 0 trusts the value function, 1 the returns.

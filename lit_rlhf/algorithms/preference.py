@@ -73,7 +73,7 @@ class PreferenceModule(RLHFModule):
     # -- the update ------------------------------------------------------------------------------------------------
 
     def compare(self, batch: PreferenceBatch) -> Comparison:
-        """The hook: rewards, losses and further numbers of every pair, with gradient."""
+        """Hook: rewards, losses and further numbers of every pair, with gradient."""
         raise NotImplementedError
 
     def training_step(self, batch: PreferenceBatch | Mapping[str, Any], batch_idx: int = 0) -> Tensor:

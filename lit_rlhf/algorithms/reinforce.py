@@ -26,6 +26,11 @@ from lit_rlhf.types import ScoredRollout
 class REINFORCE(OnPolicyModule):
     """The score function with rewards to go and a running mean of the returns as the baseline.
 
+    Choose it as the simple baseline to compare others with.
+
+    Example:
+        module = REINFORCE(policy="tiny", baseline_decay=0.9)
+
     Args:
         baseline_decay: a; 0 uses the last rollout's mean, and with 1 there is no baseline.
         gamma: discount per token; 1 for language models, where the reward comes last.

@@ -19,6 +19,11 @@ from lit_rlhf.algorithms.on_policy import OnPolicyArgs, OnPolicyModule
 class REINFORCEPlusPlus(OnPolicyModule):
     """Globally whitened rewards to go and PPO's clip.
 
+    Choose it when there is neither memory for a critic nor more than one sample per prompt.
+
+    Example:
+        module = REINFORCEPlusPlus(policy="tiny", group_size=1)
+
     Args:
         group_baseline: the `-baseline` variant, for several samples per prompt.
         gamma: discount per token.

@@ -27,6 +27,11 @@ from lit_rlhf.types import PromptBatch, ScoredRollout
 class ReMax(OnPolicyModule):
     """The score function with the greedy completion's reward as the baseline.
 
+    Choose it when only one sample per prompt can be afforded: the greedy one is the only other.
+
+    Example:
+        module = ReMax(policy="tiny", group_size=1)
+
     Args:
         kl_coef: beta, weight of the KL in the reward.
         loss_agg: `"seq-mean-token-sum"`, or the same over a constant length.

@@ -34,6 +34,11 @@ class RewardModeling(PreferenceModule):
 
     The exported model is a sequence-classification model of Transformers with one label, the reward.
 
+    Choose it when there are preference pairs and a reward is wanted, to train with or to rank by.
+
+    Example:
+        module = RewardModeling(policy="tiny", center_coef=0.01)
+
     Args:
         lr: AdamW's peak learning rate; by default 1e-5, and ten times that for LoRA adapters.
         margin: m, by how much the preferred completion should win; a row's own `margin` goes first.

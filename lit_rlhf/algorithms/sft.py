@@ -26,6 +26,11 @@ from lit_rlhf.types import CompletionBatch, PromptBatch, Row
 class SFT(RLHFModule):
     """Maximise the likelihood of the demonstrations' completions.
 
+    Choose it when there are demonstrations; it is also the usual first stage of all the others.
+
+    Example:
+        module = SFT(policy="tiny", lr=1e-4)
+
     Args:
         batch_size: demonstrations per optimiser step, over its micro-batches and ranks.
         lr: the field's usual 2e-5, and ten times that for LoRA adapters; small models want more.

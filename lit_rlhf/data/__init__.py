@@ -34,3 +34,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:  # they need Lightning; reading rows does not
         return getattr(import_module(f"lit_rlhf.data.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'lit_rlhf.data' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -38,3 +38,7 @@ def __getattr__(name: str) -> Any:
 
         return RewardModel
     raise AttributeError(f"module 'lit_rlhf.rewards' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

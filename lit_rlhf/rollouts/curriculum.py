@@ -118,8 +118,8 @@ class SuccessCurriculum:
     """The arguments `curriculum*` of the on-policy algorithms: which prompts a rollout draws.
 
     Args:
-        curriculum: `"none"`, every prompt once per pass over the data, or `"success_rate"`, see above; right is what
-            the first verifier among the reward functions says.
+        curriculum: `"none"`, every prompt once per pass over the data, or `"success_rate"`, most often those that are
+            neither always nor never answered rightly; right is what the first verifier among the reward functions says.
         curriculum_level: column of the rows' level of difficulty; None: all are of one.
         curriculum_decay: factor of earlier completions of a row or level, when a rollout samples it again.
         curriculum_prior: completions of a row that the rate of its level weighs as much as.
