@@ -48,7 +48,7 @@ def test_help_teaches_in_this_order(algorithm):
     places = [doc.index(part) for part in expected]
     assert places == sorted(places)
     assert doc.index("\n\n") < places[0] < 200, "a sentence, then the objective"
-    assert not re.search(r"^ +\*\*", doc, flags=re.MULTILINE), "the arguments themselves, not where to look for them"
+    assert not re.search(r"^ {4}\*\*", doc, flags=re.MULTILINE), "the arguments themselves, not where to look for them"
     shown = pydoc.plain(pydoc.render_doc(algorithm))
     assert shown.index("Choose it ") < shown.index("Method resolution order")
 

@@ -142,8 +142,8 @@ def test_no_algorithm_inherits_from_another():
 
 
 def test_an_algorithm_is_read_in_a_minute():
-    """One file of at most 120 lines, in which no variant is chosen by comparing names."""
+    """One file of at most 135 lines, a third of which explains the arguments, in which no variant is chosen by comparing names."""
     for algorithm in algorithms():
         source = inspect.getsource(inspect.getmodule(algorithm))
-        assert len(source.splitlines()) <= 120, algorithm.__name__
+        assert len(source.splitlines()) <= 135, algorithm.__name__
         assert not re.search(r"if (self\.)?(loss_type|policy_loss|kind|loss_agg) ==", source), algorithm.__name__
