@@ -142,7 +142,7 @@ def test_no_algorithm_inherits_from_another():
 
 
 def test_an_algorithm_is_read_in_a_minute():
-    """One file of at most 135 lines, a third of which explains the arguments, in which no variant is chosen by comparing names."""
+    """One file of at most 135 lines, in which no variant is chosen by comparing names."""
     for algorithm in algorithms():
         source = inspect.getsource(inspect.getmodule(algorithm))
         assert len(source.splitlines()) <= 135, algorithm.__name__
