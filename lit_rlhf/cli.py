@@ -24,10 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
+from lit_rlhf import sweep_jobs
 from lit_rlhf.confidential import check_no_secrets
 from lit_rlhf.config import conf_dir, prepare_arguments
 from lit_rlhf.errors import InputError
-from lit_rlhf.failing import fail, mask_traceback
+from lit_rlhf.failing import fail, mask_traceback, one_line
+from lit_rlhf.monitoring.comparison import FAILED
 from lit_rlhf.usage import usage
 
 _NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
@@ -61,6 +63,7 @@ def main(
     try:
         sys.argv[1:] = prepare_arguments(sys.argv[1:], primary(name))
         check_grammar(sys.argv[1:])
+        sys.argv += sweep_jobs.named(sys.argv[1:])
     except InputError as error:
         fail(str(error))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -71,14 +74,19 @@ def main(
     def task(cfg: DictConfig) -> None:
         nonlocal composed
         composed = True
+        if sweep_jobs.is_one():
+            return sweep_jobs.run(f"lit_rlhf.{name}", sys.argv[1:])
         try:
             check_no_secrets(OmegaConf.to_container(cfg, resolve=False))
             check_no_secrets(OmegaConf.to_container(HydraConfig.get().job.env_set), "hydra.job.env_set")
             check(_resolved(cfg))
             _check_writable(run_folder())
+            Path(run_folder(), FAILED).unlink(missing_ok=True)
             run(cfg)
         except Exception as error:
-            if (sentence := _input_error(error)) is not None:
+            sentence = _input_error(error)
+            sweep_jobs.note_failure(run_folder(), one_line(sentence or f"{type(error).__name__}: {error}"))
+            if sentence is not None:
                 fail(sentence)
             if _LOST_RANK.match(str(error)):
                 fail(str(error), code=1)

@@ -96,7 +96,10 @@ def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> l
         if key.lstrip("+") == "data.prompt_template":
             argument = argument.replace("\\n", "\n")  # quotes of a shell leave both characters
         prepared.append(f"++{argument}" if "." in key and key[0] != "+" else argument)
-    return implied + prepared
+    flags = [
+        argument for argument in prepared if argument in ("-m", "--multirun")
+    ]  # argparse wants the others together
+    return [*flags, *implied, *(argument for argument in prepared if argument not in flags)]
 
 
 def yaml_folders(arguments: Sequence[str]) -> list[Path]:

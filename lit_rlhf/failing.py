@@ -22,7 +22,7 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
 
     Of several processes the first says what the user got wrong; another one says, with its rank, what that has not.
     """
-    line = masked(" ".join(_STYLE.sub("", sentence).split()))
+    line = one_line(sentence)
     rank, size = _place()
     store = _meeting_point() if size > 1 and code == 2 else None
     if not rank or code != 2:
@@ -31,6 +31,11 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
     elif not _is_said(store, line, rank):
         print(f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def one_line(sentence: str) -> str:
+    """What an error says, without secrets, colours and line ends."""
+    return masked(" ".join(_STYLE.sub("", sentence).split()))
 
 
 def mask_traceback() -> None:

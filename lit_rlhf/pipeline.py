@@ -12,10 +12,8 @@ that are finished there are not run again, and one that was stopped goes on.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,10 +31,8 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.failing import fail
 from lit_rlhf.stage_results import draw, results_of, table
 from lit_rlhf.stages import STAGES, Stage, plan, split_arguments
+from lit_rlhf.subprocesses import INTERRUPTED, run_module
 from lit_rlhf.train import check_run as check_training
-
-_GRACE = 60.0  # seconds that a stage has to end in once it is told to
-_INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def run_stages(stages: Sequence[Stage]) -> dict[str, Any]:
@@ -75,20 +71,13 @@ def _run(stage: Stage) -> None:
     stage.note(0.0, finished=False)
     command, started = _command(stage), time.monotonic()
     own = {"WANDB_RUN_GROUP": stage.folder.parent.name, "WANDB_NAME": stage.name}
-    process = subprocess.Popen([sys.executable, *command[1:]], env={**own, **os.environ})
-    previous = signal.signal(signal.SIGTERM, lambda *_: _stop(process))
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        code = _stopped(process)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    code = run_module(command[2:], own)
     made = code == 0 and (stage.model / "config.json").is_file()
     stage.note(time.monotonic() - started, finished=made)
     if code:
         how = "begins that stage anew" if not stage.checkpoint.exists() else "goes on from its last checkpoint"
         again = f"the same command with hydra.run.dir={stage.folder.parent} {how}"
-        what = f"failed with exit code {code}" if code not in _INTERRUPTED else "was stopped"
+        what = f"failed with exit code {code}" if code not in (*INTERRUPTED, -signal.SIGKILL) else "was stopped"
         raise InputError(
             f"the stage {stage.name} {what}; {'mend what it says above, and ' if code == 2 else ''}{again}"
         )
@@ -97,22 +86,6 @@ def _run(stage: Stage) -> None:
             f"the stage {stage.name} has left no model in {stage.model}; its callbacks need an export, with adapters "
             "merged, and its folder has to be removed to run it again"
         )
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Pass the signal on, so that nothing trains on without us, and end as if interrupted."""
-    process.terminate()
-    raise KeyboardInterrupt
-
-
-def _stopped(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a stage that is being stopped, as the terminal has told it as well; a second interrupt ends it."""
-    try:
-        code = process.wait(_GRACE)
-    except (KeyboardInterrupt, subprocess.TimeoutExpired):
-        process.kill()
-        code = process.wait()
-    return code or -signal.SIGINT  # it may have ended well a moment before
 
 
 def check_choices(config: Mapping[str, Any]) -> None:

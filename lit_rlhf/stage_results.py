@@ -7,18 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lit_rlhf.monitoring.measures import MEASURES, PERPLEXITY, REWARD, aligned
 from lit_rlhf.stages import Stage
 
 Curve: TypeAlias = list[tuple[int, float]]  # optimiser step, value
 
-_REWARD, _PERPLEXITY = "val/reward_sampled", "val/perplexity"
-MEASURES = {
-    "val/accuracy_sampled": "sampled accuracy",
-    "val/accuracy_greedy": "greedy accuracy",
-    "val/preference_accuracy": "preference accuracy",
-    _REWARD: "mean reward",
-    _PERPLEXITY: "perplexity",
-}
 _COLORS = ("#4477AA", "#66CCEE", "#228833")
 _RIGHT_COLOR = "#CC6677"
 
@@ -32,8 +25,8 @@ def curves_of(stage: Stage) -> dict[str, Curve]:
                 for name in MEASURES:
                     if row.get(name):
                         found.setdefault(name, {})[int(row["step"])] = float(row[name])
-    if found.get(_REWARD) == found.get("val/accuracy_sampled"):  # the verifier's own
-        found.pop(_REWARD, None)
+    if found.get(REWARD) == found.get("val/accuracy_sampled"):  # the verifier's own
+        found.pop(REWARD, None)
     return {name: sorted(found[name].items()) for name in MEASURES if name in found}
 
 
@@ -64,9 +57,7 @@ def table(results: dict[str, Any]) -> str:
         for own in measured or [("-", "-", "-")]:
             lines.append((*head, *own))
             head = ("", "", "")
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = [f"<{widths[i]}" if i in (0, 1, 3) else f">{widths[i]}" for i in range(len(widths))]
-    return "\n".join("  ".join(map(format, line, aligned)).rstrip() for line in lines)
+    return aligned(lines, left=(0, 1, 3))
 
 
 def draw(stages: Sequence[Stage], target: Path) -> None:
@@ -89,8 +80,8 @@ def draw(stages: Sequence[Stage], target: Path) -> None:
 
 def _panel(axis: Any, curves: dict[str, Curve]) -> None:
     """The curves of one stage: those from 0 to 1 on the left axis, the reward or else the perplexity on the right."""
-    right_name = next((name for name in (_REWARD, _PERPLEXITY) if name in curves), None)
-    left = [name for name in curves if name not in (_REWARD, _PERPLEXITY)]
+    right_name = next((name for name in (REWARD, PERPLEXITY) if name in curves), None)
+    left = [name for name in curves if name not in (REWARD, PERPLEXITY)]
     style = {"marker": "o", "ms": 3}
     lines = []
     for name, color in zip(left, _COLORS, strict=False):

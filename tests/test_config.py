@@ -331,7 +331,7 @@ def test_a_path_in_quotes_or_with_an_interpolation_is_left_to_hydra():
     config = config_of("data.path='a,b'", "model.path=${data.path}", "ckpt_path=null", "tokenizer={_target_: x}")
     assert (config.data.path, config.model.path, config.ckpt_path) == ("a,b", "a,b", None)
     assert config.tokenizer == {"_target_": "x"}
-    assert prepared("-m", "data.path=a,b") == ["data=file", "-m", "++data.path=a,b"]
+    assert prepared("data.path=a,b", "-m") == ["-m", "data=file", "++data.path=a,b"]
 
 
 def test_optional_groups_can_be_left_out():

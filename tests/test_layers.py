@@ -16,7 +16,7 @@ LAYERS = (  # lowest first; parts of one layer do not know each other
     {"errors"},
     {"signatures"},
     {"types", "text", "functional", "config", "hub", "monitoring", "confidential", "versions"},
-    {"ranks", "failing", "durable", "loggers"},
+    {"ranks", "failing", "durable", "loggers", "subprocesses"},
     {"registry"},
     {"metrics", "models"},
     {"rewards"},
@@ -24,12 +24,13 @@ LAYERS = (  # lowest first; parts of one layer do not know each other
     {"sharded_checkpoints"},
     {"callbacks", "checkpoints", "strategies", "evaluation"},
     {"algorithms"},
+    {"sweep_jobs"},
     {"cli", "stages"},
-    {"train", "evaluate", "stage_results", "report", "workspace"},
-    {"pipeline", "export"},
+    {"train", "evaluate", "stage_results", "report", "workspace", "compare"},
+    {"pipeline", "export", "sweeps"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-ENTRY_POINTS = {"cli", "train", "evaluate", "export", "pipeline"}
+ENTRY_POINTS = {"cli", "train", "evaluate", "export", "pipeline", "sweep_jobs", "sweeps"}
 FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in sorted(PACKAGE.rglob("*.py"))}
 
 

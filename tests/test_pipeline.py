@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from lit_rlhf import pipeline
+from lit_rlhf import pipeline, subprocesses
 from lit_rlhf.errors import InputError
 from lit_rlhf.stage_results import curves_of, draw, results_of, table
 from lit_rlhf.stages import Stage
@@ -60,7 +60,7 @@ NO_MODEL = -99
 @pytest.fixture
 def started(monkeypatch):
     """The processes that were started, in place of real ones."""
-    monkeypatch.setattr(pipeline.subprocess, "Popen", Process)
+    monkeypatch.setattr(subprocesses.subprocess, "Popen", Process)
     for found in (Process.started, Process.codes, Process.signals):
         found.clear()
     return Process
@@ -114,7 +114,7 @@ def test_what_a_scheduler_stops_stops_the_stage_as_well(tmp_path, started):
                 os.kill(os.getpid(), signal.SIGTERM)
             return 143
 
-    pipeline.subprocess.Popen = Terminated
+    subprocesses.subprocess.Popen = Terminated
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(InputError, match="the stage sft was stopped"):
         pipeline.run_stages([stage(tmp_path, "sft")])

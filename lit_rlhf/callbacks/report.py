@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,17 @@ class Report(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the versions and the machine."""
+        self._began = time.monotonic()
+        self._about = _environment(trainer, pl_module)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(_environment(trainer, pl_module), indent=1)
-            (self.folder / "environment.json").write_text(text + "\n", encoding="utf-8")
+            self._note()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page."""
+        """Write the page, and how long it took."""
+        self._about["seconds of training"] = round(time.monotonic() - self._began, 1)
+        if trainer.is_global_zero:
+            self._note()
         self._write(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,6 +52,10 @@ class Report(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write it of what there is."""
         self._write(trainer)
+
+    def _note(self) -> None:
+        text = json.dumps(self._about, indent=1) + "\n"
+        (self.folder / "environment.json").write_text(text, encoding="utf-8")
 
     def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:

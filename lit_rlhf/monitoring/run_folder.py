@@ -54,11 +54,17 @@ class RunFolder:
             _json(folder / "environment.json", {}),
         )
 
-    def line(self, metric: str, name: str | None = None) -> Line | None:
-        """The curve of a metric by rollout (or pass), validations at the rollout before them; None without a point."""
+    def line(self, metric: str, name: str | None = None, by: str = "rollout/iteration") -> Line | None:
+        """The curve of a metric by rollout (or pass), validations at the rollout before them; None without a point.
+
+        Args:
+            metric: as it is logged.
+            name: of the curve.
+            by: what else to count by: `step`, the optimiser steps.
+        """
         x, y, now = [], [], 0.0
         for row in self.rows:
-            now = row.get("rollout/iteration", now)
+            now = row.get(by, now)
             if metric in row:
                 x.append(now)
                 y.append(row[metric])
