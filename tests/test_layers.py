@@ -24,7 +24,7 @@ LAYERS = (  # lowest first; parts of one layer do not know each other
     {"sharded_checkpoints"},
     {"callbacks", "checkpoints", "strategies", "evaluation"},
     {"algorithms"},
-    {"sweep_jobs"},
+    {"sweep_jobs", "usage"},
     {"cli", "stages"},
     {"train", "evaluate", "stage_results", "report", "workspace", "compare"},
     {"pipeline", "export", "sweeps"},
