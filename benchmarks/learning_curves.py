@@ -115,7 +115,7 @@ def draw(results: dict[str, dict[str, Any]], target: Path) -> None:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The README's table: one row per algorithm, its seeds side by side."""
+    """The table of docs/algorithms.md: one row per algorithm, its seeds side by side."""
     lines = [
         "| algorithm | sampled accuracy, before | after, by seed | greedy, after | on pairs, after | seconds |",
         "|---|---|---|---|---|---|",
