@@ -217,7 +217,8 @@ def _import_plugin(name: str) -> None:
 
 
 def _quiet() -> None:
-    """Leave the terminal to what the user has to read."""
+    """Leave the terminal to what the user has to read, a warning in one line."""
+    warnings.formatwarning = lambda message, category, *place: f"warning: {message}\n"
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         ".*in eval mode at the start of training.*",

@@ -33,7 +33,7 @@ CURVES: Sequence[tuple[str, Sequence[tuple[str, str]], Band]] = (  # title, (met
         (("reward/zero_std_fraction", "share"),),
         (0.0, _HEALTHY.zero_std_fraction),
     ),
-    ("Advantages' standard deviation", (("stability/advantage_std", "std"),), None),
+    ("Advantages' standard deviation", (("stability/advantage_std", "std"),), _HEALTHY.advantage_std),
     ("Tokens of a completion", (("rollout/response_length", "mean"), ("rollout/response_length_max", "longest")), None),
     ("Completions cut off", (("rollout/truncated_fraction", "share"),), (0.0, 0.1)),
     ("Gradient's norm", (("stability/grad_norm", "norm"),), None),
@@ -96,7 +96,8 @@ def _summary(run: RunFolder) -> str:
     parts = [f"{run.path.name}"]
     rollouts = run.line("rollout/iteration")
     if rollouts is not None:
-        parts.append(f"{rollouts.y[-1]:.0f} rollouts or passes")
+        sampled = run.line("reward/reward_mean") is not None  # else it learns from what it is given
+        parts.append(f"{rollouts.y[-1]:.0f} {'rollouts' if sampled else 'passes'}")
     measures = {"val/accuracy_sampled": "held-out accuracy", "val/preference_accuracy": "held-out pairs in order"}
     for metric, name in measures.items():
         if (line := run.line(metric)) is not None:

@@ -48,7 +48,7 @@ def test_the_page_holds_what_the_run_left(tmp_path):
     text = write_report(leave_run(tmp_path / "run", findings=[FINDING])).read_text()
     for expected in (
         "<h1>GRPO</h1>",
-        "30 rollouts or passes · held-out accuracy 0.250 → 0.750",
+        "30 rollouts · held-out accuracy 0.250 → 0.750",
         "<b>kl</b>, since rollout 3: it moves 0.2 nats.<br>Try: lower algo.lr.",
         "<h3>Rollout 0</h3>",
         "<h3>Rollout 29</h3>",
