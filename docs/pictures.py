@@ -1,4 +1,4 @@
-"""Makes the README's pictures of the terminal and of the reports: `python docs/pictures.py`, where Chromium is installed.
+"""Makes the pictures of the terminal and of the reports in the README: `python docs/pictures.py`; it takes Chromium.
 
 terminal.png         `python -m lit_rlhf.train algo=dapo` on a terminal of 112 columns
 report_healthy.png   that run's report.html
