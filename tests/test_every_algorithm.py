@@ -12,11 +12,11 @@ NAMES = [
 
 
 def test_there_is_a_yaml_for_every_name():
-    assert sorted(NAMES) == ALGORITHMS
+    assert set(NAMES) <= set(ALGORITHMS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_it_runs_from_the_command_line(tmp_path, name):
     folder = tmp_path / "run"
     ended = fork(f"algo={name}", "debug=tiny", f"hydra.run.dir={folder}", *QUIET, cwd=tmp_path)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_rlhf.algorithms.on_policy_checks import GROUP_ESTIMATORS
 from lit_rlhf.errors import InputError
 from lit_rlhf.functional.masked import zero_outside
 from lit_rlhf.models.loading import vocabulary_size
@@ -29,7 +28,7 @@ def read_completions(module: OnPolicyModule, batch: Mapping[str, Any]) -> GivenC
     if isinstance(given, PreferenceBatch):
         raise InputError(f"batch: {name} learns from rewards and 'chosen_input_ids' are of pairs; train DPO on them")
     alone = len(torch.unique(given.group_ids)) == len(given.group_ids)
-    if alone and given.advantages is None and module.advantage_estimator in GROUP_ESTIMATORS:
+    if alone and given.advantages is None and module.compares_within_groups:
         raise InputError(
             f"batch: {name} compares the samples of one prompt with each other and there is one per prompt; expected "
             "'prompt_ids' [B, P] and 'response_ids' [B, G, R] with G of 2 at least, or 'advantages'"

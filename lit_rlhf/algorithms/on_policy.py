@@ -194,8 +194,12 @@ class OnPolicyModule(RLHFModule):
     @property
     def healthy(self) -> Healthy:  # type: ignore[override]
         """See `RLHFModule.healthy`. Groups of equal rewards matter where rewards are compared within groups."""
-        compared = "group_ids" in inspect.signature(self._estimate).parameters
-        return Healthy() if compared else Healthy(zero_std_fraction=1.0)
+        return Healthy() if self.compares_within_groups else Healthy(zero_std_fraction=1.0)
+
+    @property
+    def compares_within_groups(self) -> bool:
+        """Whether the advantages need several samples of a prompt: their estimator asks for the `group_ids`."""
+        return "group_ids" in inspect.signature(self._estimate).parameters
 
     @property
     def _proportional_to_advantages(self) -> bool:

@@ -24,7 +24,6 @@ _SCALAR_LOSS = (
     "tokens weigh differently; return [N, T] and algo.loss_agg averages them exactly"
 )
 _MOST_COMPLETIONS = 10_000_000  # more are a slip of the hand, and would fill the memory before anything is said
-GROUP_ESTIMATORS = ("group_normalize", "rloo")  # meaningless with one sample per prompt
 
 
 def check_arguments(module: OnPolicyModule) -> None:
@@ -41,7 +40,7 @@ def check_arguments(module: OnPolicyModule) -> None:
     check_number("algo.entropy_coef", module.entropy_coef)
     check_choice("algo.loss_agg", module.loss_agg, get_args(LossAggregation))
     _check_of_the_algorithm(module)
-    if module.group_size == 1 and module.advantage_estimator in GROUP_ESTIMATORS:
+    if module.group_size == 1 and module.compares_within_groups:
         raise InputError(
             f"algo.group_size=1: {type(module).__name__} compares the samples of one prompt with each other "
             f"and needs at least 2; 8 is a good start"
