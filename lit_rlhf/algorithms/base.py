@@ -29,7 +29,7 @@ from lit_rlhf.models.forward import Shortcuts
 from lit_rlhf.models.loading import end_tokens, max_positions, vocabulary_size
 from lit_rlhf.models.parallel import whole
 from lit_rlhf.models.wrapper import PolicyReferenceValue, ValueKind, tokenizer_for
-from lit_rlhf.monitoring.gates import Healthy
+from lit_rlhf.monitoring.healthy import Healthy
 from lit_rlhf.ranks import gather_objects
 from lit_rlhf.rewards import DataRewards, Judges, RewardFunctions, reward_functions
 from lit_rlhf.rollouts.engines import EngineFactory, RolloutEngine, TransformersEngine

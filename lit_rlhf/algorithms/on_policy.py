@@ -52,7 +52,7 @@ from lit_rlhf.metrics import Histogram
 from lit_rlhf.models.parallel import local
 from lit_rlhf.models.scoring import Scores
 from lit_rlhf.models.wrapper import ValueKind
-from lit_rlhf.monitoring.gates import Healthy
+from lit_rlhf.monitoring.healthy import Healthy
 from lit_rlhf.ranks import whiten_over_ranks
 from lit_rlhf.registry import call_with_named, get_adv_estimator, get_policy_loss, has_ratio
 from lit_rlhf.rollouts.ahead import EndsWithFit, RolloutsAhead
@@ -193,8 +193,14 @@ class OnPolicyModule(RLHFModule):
 
     @property
     def healthy(self) -> Healthy:  # type: ignore[override]
-        """See `RLHFModule.healthy`. Groups of equal rewards matter where rewards are compared within groups."""
-        return Healthy() if self.compares_within_groups else Healthy(zero_std_fraction=1.0)
+        """See `RLHFModule.healthy`. Groups of equal rewards matter where rewards are compared within groups.
+
+        A sequence's ratio is clipped far nearer to 1 than a token's, and far more often (GSPO, section 5.3).
+        """
+        own: dict[str, Any] = {} if self.compares_within_groups else {"zero_std_fraction": 1.0}
+        if self.policy_loss in ("gspo", "gspo_token", "sequence_clip"):
+            own["clip_fraction"] = 0.7
+        return Healthy(**own)
 
     @property
     def compares_within_groups(self) -> bool:

@@ -16,7 +16,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from lit_rlhf.callbacks.hooks import RLHFCallback
 from lit_rlhf.durable import part_of
 from lit_rlhf.errors import check_number
-from lit_rlhf.monitoring.gates import GATES, Gate, Healthy, Track, checked_bounds, plain, tracks_from
+from lit_rlhf.monitoring.checks import of_rollouts
+from lit_rlhf.monitoring.gates import GATES, Gate
+from lit_rlhf.monitoring.healthy import Healthy, checked_bounds
+from lit_rlhf.monitoring.tracks import Track, plain, tracks_from
+
+Turns = dict[str, tuple[int, int]]  # by gate, the rollout at which it was noticed, and at which it began
 
 
 @dataclass
@@ -28,17 +33,19 @@ class Finding:
     says: str  # what is wrong, with the numbers
     advice: str  # what to change
     until: int | None = None  # the rollout at which all was well again
+    unit: str = "rollout"  # or pass
 
 
 class StabilityMonitor(RLHFCallback):
-    """Looks at every rollout's metrics through the gates of `monitoring.gates`.
+    """Looks at every rollout's (or pass's) metrics through the gates of `monitoring.gates`.
 
-    A gate that finds something prints it, sends a W&B alert and remembers it, once, and again if it comes back. It
-    judges by medians over ten rollouts, and says nothing where all is well.
+    A gate that finds something prints it, sends a W&B alert and remembers it, once, and again if it comes back. Most
+    judge by medians over ten rollouts, and what is extreme is found at once. Where all is well nothing is said.
 
     Args:
-        patience: rollouts in a row that a gate has to find something in.
-        bounds: other bounds than the algorithm's, by the names of `monitoring.gates.Healthy`.
+        patience: rollouts in a row that a gate has to find something in, unless it judges at once, and nothing until
+            it is over.
+        bounds: other bounds than the algorithm's, by the names of `monitoring.healthy.Healthy`.
         file: the findings are written there as JSON, for the report.
     """
 
@@ -50,15 +57,18 @@ class StabilityMonitor(RLHFCallback):
         self.file = None if file is None else Path(file)
         self.findings: list[Finding] = []
         self._tracks: dict[str, Track] = {}
-        self._since: dict[str, int] = {}  # of gates that have found something lately, the rollout that it began with
+        self._since: Turns = {}  # of gates that find something
+        self._well: Turns = {}  # of gates that no longer do
+        self._unit = "rollout"
 
     def on_metrics(self, trainer: Trainer, module: LightningModule, values: Mapping[str, float]) -> None:
-        """Look at another rollout's metrics; validation's are left alone."""
-        if "rollout/iteration" not in values:
-            return
+        """Take a validation's metrics, or look at another rollout's."""
         for name, value in values.items():
             self._tracks.setdefault(name, Track()).add(value)
+        if "rollout/iteration" not in values:
+            return
         iteration = int(values["rollout/iteration"])
+        self._unit = "rollout" if of_rollouts(self._tracks) else "pass"
         healthy = Healthy(**{**asdict(getattr(module, "healthy", Healthy())), **self.bounds})
         before = [asdict(finding) for finding in self.findings]
         for gate in GATES:
@@ -79,24 +89,27 @@ class StabilityMonitor(RLHFCallback):
         temporary.replace(self.file)
 
     def _look(self, gate: Gate, healthy: Healthy, iteration: int, trainer: Trainer) -> None:
-        tracks = [self._tracks[name] for name in gate.needs if name in self._tracks]
-        ready = len(tracks) == len(gate.needs) and (gate.at_once or all(track.full for track in tracks))
-        says = gate.check(self._tracks, healthy) if ready else None
+        says = gate.says(self._tracks, healthy)
         known = next((f for f in self.findings if f.gate == gate.name and f.until is None), None)
-        if says is None:
-            self._since.pop(gate.name, None)
-            if known is not None:
-                known.until = iteration
+        turns, others = (self._well, self._since) if says is None else (self._since, self._well)
+        others.pop(gate.name, None)
+        if says is None and known is None:
             return
-        since = self._since.setdefault(gate.name, iteration)
-        if known is None and (gate.at_once or iteration - since + 1 >= self.patience):
-            self.findings.append(Finding(gate.name, since, says, gate.advice))
+        if gate.name not in turns:
+            ago = gate.turned(self._tracks, healthy, wrong=says is not None)
+            turns[gate.name] = (iteration, max(1, iteration - ago))
+        noticed, turned = turns[gate.name]
+        lasts = iteration - noticed + 1 >= self.patience
+        if known is not None:
+            known.until = turned if says is None and lasts else None
+        elif says is not None and (lasts or gate.looks_at or gate.extreme_says(self._tracks, healthy)):
+            self.findings.append(Finding(gate.name, turned, says, gate.advice, unit=self._unit))
             self._tell(self.findings[-1], trainer)
 
     def _tell(self, finding: Finding, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
-        text = f"since rollout {finding.since}: {finding.says}. Try: {finding.advice}"
+        text = f"since {finding.unit} {finding.since}: {finding.says}. Try: {finding.advice}"
         tqdm.write(f"[{finding.gate}] {text}", file=sys.stderr)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -106,11 +119,16 @@ class StabilityMonitor(RLHFCallback):
         """Plain containers: a resumed run goes on judging by what came before."""
         return {
             "tracks": plain(self._tracks),
-            "since": dict(self._since),
+            "since": {name: list(when) for name, when in self._since.items()},
+            "well": {name: list(when) for name, when in self._well.items()},
             "findings": [asdict(finding) for finding in self.findings],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse."""
-        self._tracks, self._since = tracks_from(state_dict["tracks"]), dict(state_dict["since"])
+        self._tracks = tracks_from(state_dict["tracks"])
+        self._since, self._well = (
+            {gate: (noticed, turned) for gate, (noticed, turned) in state_dict[name].items()}
+            for name in ("since", "well")
+        )
         self.findings = [Finding(**finding) for finding in state_dict["findings"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_rlhf.monitoring.charts import Chart, short
-from lit_rlhf.monitoring.gates import Healthy
+from lit_rlhf.monitoring.healthy import Healthy
 from lit_rlhf.monitoring.run_folder import RunFolder
 
 _HEALTHY = Healthy()
@@ -113,7 +113,8 @@ def _findings(run: RunFolder) -> Iterable[str]:
         yield '<div class="well">The stability monitor found nothing wrong.</div>'
     for found in run.findings:
         until = "" if found["until"] is None else f" until {found['until']}"
-        what = f"<b>{_e(found['gate'])}</b>, since rollout {found['since']}{until}: {_e(found['says'])}."
+        since = f"since {found.get('unit', 'rollout')} {found['since']}{until}"
+        what = f"<b>{_e(found['gate'])}</b>, {since}: {_e(found['says'])}."
         yield f'<div class="finding">{what}<br>Try: {_e(found["advice"])}.</div>'
 
 
