@@ -198,7 +198,7 @@ class OnPolicyModule(RLHFModule):
         A sequence's ratio is clipped far nearer to 1 than a token's, and far more often (GSPO, section 5.3).
         """
         own: dict[str, Any] = {} if self.compares_within_groups else {"zero_std_fraction": 1.0}
-        if self.policy_loss in ("gspo", "gspo_token", "sequence_clip"):
+        if self.policy_loss in ("gspo", "gspo_token"):
             own["clip_fraction"] = 0.7
         return Healthy(**own)
 
