@@ -382,7 +382,7 @@ class RLHFModule(LightningModule):
         return values
 
     def derived(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add what follows from the counted statistics."""
+        """Add what follows from the counted statistics, scalars by their logged names."""
         return values
 
     def on_train_epoch_end(self) -> None:

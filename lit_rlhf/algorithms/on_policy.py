@@ -338,7 +338,7 @@ class OnPolicyModule(RLHFModule):
     # -- the update ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Experience | Mapping[str, Any], batch_idx: int = 0) -> Tensor:
-        """One micro-batch's loss, a plain function of the experience; scaled so that any split is exact.
+        """One micro-batch's loss, a scalar and plain function of the experience, scaled so that any split is exact.
 
         Args:
             batch: an experience, or a dictionary in one of the formats of `types.from_dict`.

@@ -77,7 +77,7 @@ class PreferenceModule(RLHFModule):
         raise NotImplementedError
 
     def training_step(self, batch: PreferenceBatch | Mapping[str, Any], batch_idx: int = 0) -> Tensor:
-        """One micro-batch's share of the step's mean loss over pairs.
+        """One micro-batch's share of the step's mean loss over pairs, a scalar.
 
         Args:
             batch: pairs, or a dictionary of `chosen_input_ids`, `chosen_attention_mask`, `rejected_input_ids` and
@@ -116,7 +116,11 @@ class PreferenceModule(RLHFModule):
         return kept.sum() / pairs.clamp(min=1)
 
     def reference_logprobs(self, batch: PreferenceBatch) -> Tensor:
-        """Log-probs `[2N, T]` of the chosen, then the rejected completions under the reference, 0 outside of them."""
+        """Log-probs `[2N, T]` of the chosen, then the rejected completions under the reference, 0 outside of them.
+
+        Raises:
+            InputError: neither the batch nor a model has any.
+        """
         rows = batch.completions()
         if batch.ref_chosen is not None and batch.ref_rejected is not None:
             return zero_outside(torch.cat([batch.ref_chosen, batch.ref_rejected]).detach(), rows.response_mask)

@@ -63,7 +63,11 @@ class ReMax(OnPolicyModule):
         return replace(rollout, baseline=greedy.raw_rewards.repeat_interleave(self.group_size))
 
     def compute_advantages(self, rollout: ScoredRollout) -> tuple[Tensor, Tensor | None]:
-        """Rewards to go minus the greedy completion's reward; 0 where either could not be scored."""
+        """Rewards to go minus the greedy completion's reward; 0 where either could not be scored.
+
+        Raises:
+            InputError: a dictionary of given completions has no `greedy_rewards`.
+        """
         returns, _ = super().compute_advantages(rollout)
         if rollout.baseline is None:
             raise InputError(

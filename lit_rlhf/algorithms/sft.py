@@ -59,7 +59,7 @@ class SFT(RLHFModule):
         return {**super().run_shape, "algo.batch_size": self.batch_size}
 
     def training_step(self, batch: CompletionBatch, batch_idx: int = 0) -> Tensor:
-        """One micro-batch's share of the step's mean negative log-likelihood."""
+        """One micro-batch's share of the step's mean negative log-likelihood, a scalar."""
         self.stats.update({"rollout/response_length": (batch.response_mask.sum(1).float(), None)})
         return self.parts.loss(self, batch, self._loss)
 

@@ -34,7 +34,11 @@ class HFExport(Callback):
         self.folder, self.merge = Path(folder), merge
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse, before anything is trained, what could not be written at its end."""
+        """Refuse, before anything is trained, what could not be written at its end.
+
+        Raises:
+            InputError: the run will leave no adapter of its own, or the folder holds something else.
+        """
         adapter = is_adapted(pl_module.models.policy) and pl_module.exports_adapter
         for folder in [self.folder] * self.merge + [self.folder.parent / "adapter"] * adapter:
             names = [file.name for file in folder.iterdir()] if folder.is_dir() else [folder.name] * folder.exists()

@@ -80,7 +80,11 @@ class RowsDataModule(LightningDataModule):
         return self.trainer.lightning_module  # type: ignore[union-attr]
 
     def setup(self, stage: str) -> None:
-        """Encode all rows, and look for those that do not fit the model, before anything is sampled or trained on."""
+        """Encode all rows, and look for those that do not fit the model, before anything is sampled or trained on.
+
+        Raises:
+            InputError: there are no rows to train on, or some do not fit the model and `long_rows="stop"`.
+        """
         module, columns, first = self._module, self._module.completion_columns, self.rows_of(0)
         if stage == "fit" and not first:
             raise InputError("data: there are no rows to train on; lower data.held_out, or give more rows")

@@ -42,6 +42,9 @@ def generalized_advantage_estimation(
     Returns:
         Advantages and returns `[N, T]`, 0 outside the mask.
 
+    Raises:
+        ValueError: rewards that are not `[N, T]`.
+
     >>> r, v = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.6, 0.7]])
     >>> generalized_advantage_estimation(r, v, torch.ones(1, 3, dtype=torch.bool), gamma=0.9, gae_lambda=0.8)
     (tensor([[0.2171, 0.2460, 0.3000]]), tensor([[0.7171, 0.8460, 1.0000]]))
@@ -63,7 +66,7 @@ def generalized_advantage_estimation(
 
 
 def rewards_to_go(rewards: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], gamma: float = 1.0) -> Float[Tensor, "N T"]:
-    """Discounted sum of the rewards from each token on.
+    """Discounted sum of the rewards from each token on (REINFORCE, Williams 1992).
 
         G_t = r_t + γ·G_{t+1}        (t + 1: the next valid token of the row)
 
@@ -99,6 +102,9 @@ def group_normalize(
         scale: "std" divides by the group's σ, "batch" by that of all N rewards, "none" does not divide (Dr. GRPO,
             arXiv 2503.20783).
         eps: ε.
+
+    Raises:
+        ValueError: an unknown scale.
 
     >>> group_normalize(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 0]))
     tensor([ 0.8659, -0.8659, -0.8659,  0.8659])

@@ -28,10 +28,10 @@ def aggregate(
 ) -> Float[Tensor, ""]:
     """Reduce a per-token loss to a scalar.
 
-        token-mean                Σ_it m·ℓ / M                        M valid tokens: DAPO, PPO
-        seq-mean-token-mean       1/R · Σ_i ( Σ_t m·ℓ / |o_i| )       R non-empty rows: GRPO
+        token-mean                Σ_it m·ℓ / M                        M valid tokens: PPO, DAPO (arXiv 2503.14476)
+        seq-mean-token-mean       1/R · Σ_i ( Σ_t m·ℓ / |o_i| )       R non-empty rows: GRPO (arXiv 2402.03300)
         seq-mean-token-sum        1/R · Σ_i Σ_t m·ℓ                   exact REINFORCE, RLOO
-        seq-mean-token-sum-norm   1/R · Σ_i Σ_t m·ℓ / max_length      Dr. GRPO
+        seq-mean-token-sum-norm   1/R · Σ_i Σ_t m·ℓ / max_length      Dr. GRPO (arXiv 2503.20783)
 
     Rows without a valid token add 0 and are not counted. Masked-out cells may hold anything.
 
@@ -43,6 +43,9 @@ def aggregate(
             width of this tensor, which padding would change.
         denominator: replaces M or R (see `aggregation_unit`) by the count of the whole optimiser step, over its
             micro-batches and ranks; then the parts add up to what one batch would give.
+
+    Raises:
+        ValueError: a loss that is not `[N, T]`, an unknown mode, or a missing `max_length`.
 
     >>> import torch
     >>> loss = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
@@ -68,6 +71,9 @@ def aggregate(
 
 def aggregation_unit(mode: str) -> str:
     """What `aggregate` counts in its denominator: "tokens" for token-mean, "rows" for the others.
+
+    Raises:
+        ValueError: an unknown mode.
 
     >>> aggregation_unit("token-mean"), aggregation_unit("seq-mean-token-sum")
     ('tokens', 'rows')

@@ -1,7 +1,7 @@
-"""Estimates of the KL divergence from log-probabilities of sampled tokens (Schulman, "Approximating KL Divergence").
+"""Estimates of the KL divergence from log-probabilities of sampled tokens (Schulman 2020).
 
-`kl_estimate` is for samples of the policy itself, against the reference; `approx_kl` for samples of the policy
-before the update. The two differ in the sign inside k3.
+"Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. `kl_estimate` is for samples of the policy itself,
+against the reference; `approx_kl` for samples of the policy before the update. They differ in the sign inside k3.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOG_RATIO_LIMIT = 20.0  # log-ratios are clamped to ±this before exp
 def kl_estimate(
     logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T"], estimator: str = "k1"
 ) -> Float[Tensor, "N T"]:
-    """Estimate KL(π‖π_ref) per token, from tokens sampled from π.
+    """Estimate KL(π‖π_ref) per token, in nats, from tokens sampled from π (Schulman 2020).
 
         Δ = lp − lp_ref;    k1 = Δ;    k2 = ½·Δ²;    k3 = exp(−Δ) − 1 + Δ
 
@@ -43,7 +43,7 @@ def kl_estimate(
 def exact_kl(
     logits: Float[Tensor, "*S V"], ref_logits: Float[Tensor, "*S V"], temperature: float = 1.0
 ) -> Float[Tensor, "*S"]:
-    """KL(π‖π_ref) of the next-token distributions, summed over the vocabulary instead of estimated from one token.
+    """KL(π‖π_ref) of the next-token distributions in nats: a sum over the vocabulary, no estimate from one token.
 
         KL = Σ_v π_v·(log π_v − log π_ref,v),    π = softmax(z/τ)
 
@@ -69,7 +69,7 @@ def exact_kl(
 def approx_kl(
     logprobs: Float[Tensor, "N T"], old_logprobs: Float[Tensor, "N T"], estimator: str = "k3"
 ) -> Float[Tensor, "N T"]:
-    """Estimate KL(π_old‖π) per token, from tokens sampled from π_old: how far an update has moved the policy.
+    """Estimate KL(π_old‖π) per token in nats, from tokens of π_old: how far an update has moved (Schulman 2020).
 
         d = lp − lp_old;    k1 = −d;    k2 = ½·d²;    k3 = exp(d) − 1 − d
 

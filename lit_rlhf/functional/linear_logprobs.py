@@ -36,7 +36,9 @@ def linear_logprobs(
     entropy: bool = False,
     tile: tuple[int, int] = TILE,
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"] | None]:
-    """Log-probabilities of `ids` under softmax((W h + b)/τ), and the entropy if asked for; see the module.
+    """Log-probabilities of `ids` under softmax((W h + b)/τ), and the entropy if asked for.
+
+    In tiles of tokens and vocabulary, with running sums (Milakov and Gimelshein, arXiv 1805.02867): see the module.
 
     The same numbers and gradients as `token_logprobs` and `token_entropy` of `F.linear(hidden, weight, bias)`. The
     products run in the dtype of `weight` (under autocast in its dtype), all else in float32; float64 stays float64.

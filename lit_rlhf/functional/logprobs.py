@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def token_logprobs(
     logits: Float[Tensor, "*S V"], ids: Int[Tensor, "*S"], temperature: float = 1.0
 ) -> Float[Tensor, "*S"]:
-    """Log-probability of each token under softmax(logits / temperature).
+    """Log-probability of each token, in nats, under softmax(logits / temperature).
 
         lp = z_y/τ − log Σ_v exp(z_v/τ)
 
@@ -28,6 +28,9 @@ def token_logprobs(
         logits: `[N, T, V]`, or flat `[K, V]`: the logits that predict `ids`, already shifted by one.
         ids: `[N, T]` or `[K]`, the tokens.
         temperature: τ, the temperature the tokens were sampled at.
+
+    Raises:
+        ValueError: logits and ids whose shapes do not fit, or a temperature that is not above 0.
 
     >>> token_logprobs(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]))
     tensor([-0.4076])
@@ -39,7 +42,7 @@ def token_logprobs(
 
 
 def token_entropy(logits: Float[Tensor, "*S V"], temperature: float = 1.0) -> Float[Tensor, "*S"]:
-    """Entropy of softmax(logits / temperature), over the whole vocabulary.
+    """Entropy of softmax(logits / temperature), in nats, over the whole vocabulary.
 
         H = log Σ_v exp(u_v) − Σ_v softmax(u)_v · u_v,   u = z/τ
 

@@ -84,6 +84,9 @@ def clipped_policy_loss(
         clip_ratio_high: ε_high.
         dual_clip: c, above 1; `None` for no dual clip.
 
+    Raises:
+        ValueError: a `dual_clip` that is not above 1.
+
     >>> ratio = torch.tensor([0.5, 1.0, 1.5])
     >>> clipped_policy_loss(ratio.log(), torch.zeros(3), torch.ones(3))
     tensor([-0.5000, -1.0000, -1.2000])
@@ -165,7 +168,7 @@ def sequence_clipped_policy_loss(
         ρ_i = exp( Σ_t m·(lp − lp_old) );    ℓ = −min( ρ_i·A, clip(ρ_i, 1 − ε_low, 1 + ε_high)·A )
 
     Every token of a row carries the row's loss, so that "seq-mean-token-mean" is the mean over completions. At
-    ρ = 1 its gradient is that of −A·Σ_t lp. Arguments as in `gspo_policy_loss`.
+    ρ = 1 its gradient is that of −A·Σ_t lp, which is RLOO's (arXiv 2402.14740). Arguments as in `gspo_policy_loss`.
 
     >>> lp, ones = torch.tensor([[0.1, -0.1, 0.3]]), torch.ones(1, 3)
     >>> sequence_clipped_policy_loss(lp, torch.zeros(1, 3), -ones, ones.bool())

@@ -32,6 +32,9 @@ def dpo_loss(
         label_smoothing: ε in [0, 0.5), the share of flipped labels; "sigmoid" and "robust" only.
         kind: "sigmoid", "hinge", "ipo" or "robust".
 
+    Raises:
+        ValueError: an unknown kind, or a `label_smoothing` outside of [0, 0.5) or of a kind without it.
+
     >>> import torch
     >>> chosen, rejected = torch.tensor([1.0]), torch.tensor([-0.5])
     >>> dpo_loss(chosen, rejected), dpo_loss(chosen, rejected, kind="hinge")
@@ -69,6 +72,9 @@ def bradley_terry_loss(
         rejected: `[N]` rewards of the rejected ones.
         margin: m, one number or one per pair (Llama 2, arXiv 2307.09288).
         temperature: τ.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
 
     >>> import torch
     >>> bradley_terry_loss(torch.tensor([2.0]), torch.tensor([0.0]), margin=1.0)

@@ -21,6 +21,9 @@ def overlong_penalty(lengths: Int[Tensor, " N"], max_length: int, buffer: int) -
         max_length: L.
         buffer: B, the last tokens before L, over which the penalty grows; with 0 only |o| > L is punished.
 
+    Raises:
+        ValueError: a buffer below 0 or above `max_length`.
+
     >>> overlong_penalty(torch.tensor([80, 90, 100, 101]), max_length=100, buffer=20)
     tensor([ 0.0000, -0.5000, -1.0000, -1.0000])
     """

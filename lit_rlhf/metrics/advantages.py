@@ -51,7 +51,7 @@ class GeneralizedAdvantageEstimation(MomentsMetric):
         self._add(_moments_update((self.advantages, mask)))
 
     def compute(self) -> dict[str, Tensor]:
-        """`advantage_mean` and `advantage_std`."""
+        """`advantage_mean` and `advantage_std`: scalars."""
         return _advantage_compute(self.moments)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -90,7 +90,7 @@ class GroupNormalization(MomentsMetric):
         self._add(_moments_update((self.advantages, ~torch.isnan(rewards))))
 
     def compute(self) -> dict[str, Tensor]:
-        """`advantage_mean` and `advantage_std`, over scored rows."""
+        """`advantage_mean` and `advantage_std`, over scored rows: scalars."""
         return _advantage_compute(self.moments)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | None:

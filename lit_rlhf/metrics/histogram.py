@@ -40,7 +40,7 @@ class Histogram(SumsMetric):
         self.add_state("counts", torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, mask: Tensor) -> None:
-        """Count the values under the mask, both of any one shape."""
+        """Count the values under the mask, both of any shape."""
         found = values.detach().double().flatten()
         counts = mask.flatten().bool() & found.isfinite()
         places = (torch.where(counts, found, self.low) - self.low) * (self.bins / (self.high - self.low))

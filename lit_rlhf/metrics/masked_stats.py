@@ -96,6 +96,9 @@ class MaskedStats(MomentsMetric):
         """Count `{name: (values, mask)}` for any of the names.
 
         Values are `[N, T]`, `[N]` or a scalar, the mask has their shape; `None` counts all.
+
+        Raises:
+            ValueError: a name that is not among the wanted ones.
         """
         if unknown := values.keys() - self.wanted.keys():
             raise ValueError(f"unknown name {', '.join(sorted(unknown))}: this metric knows {', '.join(self.wanted)}")
@@ -107,7 +110,7 @@ class MaskedStats(MomentsMetric):
         self.highs = self.highs.index_copy(1, columns, torch.maximum(self.highs[:, columns], new.highs))
 
     def compute(self) -> dict[str, Tensor]:
-        """Every wanted statistic by its logged name; names that nothing was counted of are left out."""
+        """Every wanted statistic by its logged name, a scalar each; names that nothing was counted of are left out."""
         moments, counted = self.moments, self.moments.sums[0].tolist()
         by_statistic = {statistic: of(moments) for statistic, of in _STATISTICS.items()}
         by_statistic["ci"] = half_width(moments, self.samples)

@@ -37,11 +37,15 @@ class PreferenceAccuracy(MomentsMetric):
     higher_is_better = True
 
     def update(self, chosen: Tensor, rejected: Tensor) -> None:
-        """Count the pairs of a batch: rewards of the chosen and of the rejected completions, both `[N]`."""
+        """Count the pairs of a batch: rewards of the chosen and of the rejected completions, both `[N]`.
+
+        Raises:
+            ValueError: rewards of different shapes.
+        """
         self._add(_preference_accuracy_update(chosen, rejected))
 
     def compute(self) -> Tensor:
-        """Share over all pairs, 0 to 1."""
+        """Share over all pairs, a scalar from 0 to 1."""
         return _mean_compute(self.moments)
 
 
@@ -69,9 +73,13 @@ class RewardMargin(MomentsMetric):
     higher_is_better = True
 
     def update(self, chosen: Tensor, rejected: Tensor) -> None:
-        """Count the pairs of a batch: rewards of the chosen and of the rejected completions, both `[N]`."""
+        """Count the pairs of a batch: rewards of the chosen and of the rejected completions, both `[N]`.
+
+        Raises:
+            ValueError: rewards of different shapes.
+        """
         self._add(_reward_margin_update(chosen, rejected))
 
     def compute(self) -> dict[str, Tensor]:
-        """`reward_margin` and `reward_margin_std`."""
+        """`reward_margin` and `reward_margin_std`: scalars, in the rewards' own unit."""
         return _reward_margin_compute(self.moments)

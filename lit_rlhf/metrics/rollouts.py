@@ -37,7 +37,7 @@ class RewardStatistics(MomentsMetric):
         self._add(_reward_update(rewards))
 
     def compute(self) -> dict[str, Tensor]:
-        """`reward_mean`, `reward_std`, `reward_max`, `reward_min`."""
+        """`reward_mean`, `reward_std`, `reward_max`, `reward_min`: scalars."""
         return _reward_compute(self.moments)
 
 
@@ -71,5 +71,5 @@ class LengthStatistics(MomentsMetric):
         self._add(_length_update(lengths, truncated))
 
     def compute(self) -> dict[str, Tensor]:
-        """`response_length_mean`, `response_length_max`, `truncated_fraction`."""
+        """`response_length_mean`, `response_length_max` in tokens, `truncated_fraction`: scalars."""
         return _length_compute(self.moments)

@@ -25,7 +25,7 @@ def _mean_compute(moments: Moments) -> Tensor:
 
 
 class ApproxKL(MomentsMetric):
-    """Mean of `functional.approx_kl` per token: KL(π_old‖π), how far the update has moved the policy.
+    """Mean of `functional.approx_kl` per token: KL(π_old‖π) in nats, how far the update has moved the policy.
 
     Args:
         estimator: "k1", "k2" or "k3".
@@ -48,7 +48,7 @@ class ApproxKL(MomentsMetric):
         self._add(_approx_kl_update(logprobs, old_logprobs, mask, self.estimator))
 
     def compute(self) -> Tensor:
-        """Mean over all tokens."""
+        """Mean over all tokens, a scalar."""
         return _mean_compute(self.moments)
 
 
@@ -57,7 +57,7 @@ def _kl_divergence_update(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, 
 
 
 class KLDivergence(MomentsMetric):
-    """Mean of `functional.kl_estimate` per token: KL(π‖π_ref), how far the policy is from the reference.
+    """Mean of `functional.kl_estimate` per token: KL(π‖π_ref) in nats, how far the policy is from the reference.
 
     Args:
         estimator: "k1", "k2" or "k3".
@@ -80,7 +80,7 @@ class KLDivergence(MomentsMetric):
         self._add(_kl_divergence_update(logprobs, ref_logprobs, mask, self.estimator))
 
     def compute(self) -> Tensor:
-        """Mean over all tokens."""
+        """Mean over all tokens, a scalar."""
         return _mean_compute(self.moments)
 
 
@@ -126,12 +126,12 @@ class ClipFraction(MomentsMetric):
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """`clip_fraction`, `clip_fraction_low`, `clip_fraction_high`, `ratio_out_of_range`."""
+        """`clip_fraction`, `clip_fraction_low`, `clip_fraction_high`, `ratio_out_of_range`: scalars, 0 to 1."""
         return _clip_fraction_compute(self.moments)
 
 
 class PolicyEntropy(MomentsMetric):
-    """Mean entropy per token, of entropies from `functional.token_entropy`.
+    """Mean entropy per token in nats, of entropies from `functional.token_entropy`.
 
     >>> metric = PolicyEntropy()
     >>> metric.update(torch.tensor([[0.8, 0.4, float("nan")]]), torch.tensor([[True, True, False]]))
@@ -144,7 +144,7 @@ class PolicyEntropy(MomentsMetric):
         self._add(_moments_update((entropy, mask)))
 
     def compute(self) -> Tensor:
-        """Mean over all tokens."""
+        """Mean over all tokens, a scalar."""
         return _mean_compute(self.moments)
 
 
@@ -177,7 +177,7 @@ class ImportanceRatio(MomentsMetric):
         self._add(_importance_ratio_update(logprobs, behavior_logprobs, mask))
 
     def compute(self) -> dict[str, Tensor]:
-        """`ratio_mean`, `ratio_max`, `ratio_min`, `ess`."""
+        """`ratio_mean`, `ratio_max`, `ratio_min`, `ess`: scalars."""
         return _importance_ratio_compute(self.moments)
 
 
@@ -210,5 +210,5 @@ class ExplainedVariance(MomentsMetric):
         self._add(_explained_variance_update(values, returns, mask))
 
     def compute(self) -> Tensor:
-        """1 − Var(returns − values) / Var(returns)."""
+        """1 − Var(returns − values) / Var(returns), a scalar, at most 1."""
         return _explained_variance_compute(self.moments)

@@ -49,7 +49,11 @@ class LoRA:
 
     @classmethod
     def from_mapping(cls, given: Any) -> LoRA:
-        """The settings that a mapping of them, as the command line hands over, describes."""
+        """The settings that a mapping of them, as the command line hands over, describes.
+
+        Raises:
+            InputError: it is no mapping, or has a key that there is not.
+        """
         if isinstance(given, LoRA):
             return given
         if not hasattr(given, "keys"):
@@ -103,7 +107,11 @@ def unwrapped(model: Any) -> Any:
 
 
 def active_adapter(model: Any) -> str:
-    """Name of the one adapter that is in use."""
+    """Name of the one adapter that is in use.
+
+    Raises:
+        InputError: none is in use, or several are.
+    """
     active = {name for layer in _layers(model) for name in layer.active_adapters}
     if len(active) != 1:
         names = ", ".join(sorted(active)) or "none"
@@ -132,7 +140,7 @@ def base_size(model: nn.Module) -> int:
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the model without its adapters, under the names that it has without any."""
+    """The weights of the model without its adapters, in their own shapes, named as in a model without any."""
     adapters = {id(p) for p in adapter_parameters(model)}
     theirs = {name for name, p in model.named_parameters() if id(p) in adapters}
     return {name.replace(".base_layer.", "."): x for name, x in model.state_dict().items() if name not in theirs}
@@ -147,7 +155,11 @@ def lora_settings(model: Any) -> str:
 
 
 def check_reference(model: nn.Module) -> None:
-    """Refuse adapters without which the model is no fixed reference; warn of adapters that have left it already."""
+    """Refuse adapters without which the model is no fixed reference; warn of adapters that have left it already.
+
+    Raises:
+        InputError: weights outside of the adapters are trained.
+    """
     if not is_adapted(model):
         return
     adapters = {id(p) for p in adapter_parameters(model)}
@@ -221,7 +233,11 @@ def save_adapter(model: Any, folder: str | Path) -> None:
 
 
 def base_of(path: str) -> str:
-    """What the adapter of the folder `path` was trained beside; of any other folder or name, itself."""
+    """What the adapter of the folder `path` was trained beside; of any other folder or name, itself.
+
+    Raises:
+        InputError: the folder does not say what its adapter belongs to.
+    """
     config = Path(path).expanduser() / _CONFIG
     if not config.is_file():
         return path

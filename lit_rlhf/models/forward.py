@@ -276,7 +276,7 @@ def token_parts(batch: Completions | PreferenceBatch, budget: int, share_prompts
         share_prompts: a prompt counts once in a part.
 
     Returns:
-        The numbers of each part's rows.
+        The numbers of each part's rows, `[k]` int64.
     """
     read = _Rows.of(batch.completions() if isinstance(batch, PreferenceBatch) else batch)
     of_row = read.distinct_prompts()[1][: len(batch)].cpu()

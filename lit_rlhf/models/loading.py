@@ -229,7 +229,11 @@ def vocabulary_size(model: nn.Module | str | Path) -> int:
 
 
 def from_pretrained(auto: Any, key: str, path: str | Path, **kwargs: Any) -> Any:
-    """Load what the argument `key` names; whatever is wrong with the files is one sentence about that argument."""
+    """Load what the argument `key` names; whatever is wrong with the files is one sentence about that argument.
+
+    Raises:
+        InputError: the folder is missing, incomplete, or holds a pickle that could run code.
+    """
     source = resolve(path)
     folder = Path(source).expanduser()
     or_name = " or a Hub name" if key.startswith("reward") else ", a Hub name or 'tiny'"

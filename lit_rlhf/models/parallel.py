@@ -65,7 +65,7 @@ def in_zero3(model: nn.Module) -> bool:
 
 
 def whole(x: Tensor) -> Tensor:
-    """The tensor of which `x` is a shard, or `x`. Every rank has to call it."""
+    """The tensor of any shape of which `x` is a shard, or `x`. Every rank has to call it."""
     if hasattr(x, "ds_id"):
         from deepspeed.zero import GatheredParameters
 
@@ -75,7 +75,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's shard of `x`, or `x`."""
+    """This rank's shard of `x`, of any shape, or `x`."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 

@@ -30,6 +30,9 @@ def regex_format(pattern: str) -> _Rewards:
     Args:
         pattern: in Python's syntax; `.` stands for line breaks, too.
 
+    Raises:
+        InputError: a pattern that is no regular expression.
+
     >>> regex_format(r"<think>.*</think>\s*\d+")(completions=["<think>3\n+4</think> 7", "7"])
     [1.0, 0.0]
     """
@@ -54,6 +57,9 @@ def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> _Rewar
     Args:
         ngram_size: n, in tokens.
         max_penalty: P, at most 0.
+
+    Raises:
+        InputError: a `max_penalty` above 0.
 
     >>> repetition_penalty(ngram_size=2)(completion_ids=[[1, 2, 3, 4], [5, 5, 5, 5, 5], [5]])
     [0.0, -0.75, 0.0]
@@ -82,6 +88,9 @@ def overlong(max_length: int, buffer: int) -> _Rewards:
     Args:
         max_length: tokens; give `rollout.max_new_tokens`.
         buffer: the last tokens before it, over which the penalty grows.
+
+    Raises:
+        InputError: a buffer below 0 or above `max_length`.
 
     >>> overlong(max_length=4, buffer=2)(completion_ids=[[1, 2], [1, 2, 3], [1, 2, 3, 4]])
     [0.0, -0.5, -1.0]
@@ -113,6 +122,9 @@ def cosine_length(
         correct: (r_0, r_L) of a right completion: that of length 0, and that of length L.
         wrong: the same of a wrong one.
         exceeded: of a completion that fills L.
+
+    Raises:
+        InputError: a range that is not two numbers.
 
     >>> from lit_rlhf.rewards import exact_match
     >>> reward = cosine_length(exact_match, max_length=4)

@@ -75,6 +75,9 @@ class TransformersEngine:
 
         Non-finite logits give non-finite log-probs and no error: where ranks agree on skipping a step is
         the trainer's business.
+
+        Raises:
+            InputError: `update_weights` was not called before.
         """
         if self.model is None:
             raise InputError("the engine has no weights to sample from: call update_weights(model, version) first")
