@@ -12,7 +12,7 @@ import pytest
 from typing_extensions import Unpack
 
 import lit_rlhf
-from lit_rlhf import DAPO, OnPolicyModule
+from lit_rlhf import DAPO, DPO, GRPO, OnPolicyModule
 from lit_rlhf.algorithms.documentation import arguments
 from lit_rlhf.algorithms.on_policy import OnPolicyArgs
 from tests.helpers import NumberTokenizer, sum_of_ids, tiny_model
@@ -171,6 +171,15 @@ def test_the_signature_is_that_of_the_class_alone():
     assert "strength" in inspect.signature(Stronger).parameters
     assert "strength" not in inspect.signature(DAPO).parameters
     assert inspect.signature(partial(DAPO, seed=1)).parameters["seed"].default == 1
+
+
+def test_an_unknown_argument_is_answered_with_the_nearest():
+    with pytest.raises(TypeError, match=r"^GRPO has no argument 'group_sise'; did you mean 'group_size'\?$"):
+        GRPO(policy=tiny_model(), tokenizer=NumberTokenizer(), group_sise=3)
+    with pytest.raises(TypeError, match=r"^Stronger has no argument 'strenght'; did you mean 'strength'"):
+        Stronger(strenght=3)
+    with pytest.raises(TypeError, match=r"^DPO has no argument 'group_size'; did you mean 'batch_size'"):
+        DPO(group_size=8)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from lit_rlhf.rollouts.engines import EngineFactory, RolloutEngine, Transformers
 from lit_rlhf.rollouts.loader import PromptLoader, step_counts
 from lit_rlhf.rollouts.sampler import TRAINING, engine_for, prompt_seeds, scored
 from lit_rlhf.rollouts.state import LoopState, check_optimizer, check_resumable, check_same_model, rewind_to_step
+from lit_rlhf.signatures import nearest
 from lit_rlhf.strategies import FSDP2Strategy
 from lit_rlhf.text import Text
 from lit_rlhf.types import CompletionBatch, Experience, PromptBatch, Rollout, Row, SamplingConfig, ScoredRollout
@@ -129,8 +131,12 @@ class RLHFModule(LightningModule):
         reference: bool = False,
         value: ValueKind = "none",
         value_std: float = 0.0,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        for name in unknown:  # Python would name this class, and not the one that was asked for
+            known = nearest(name, inspect.signature(type(self)).parameters)
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}{known}")
         check_number("algo.lr", 1.0 if lr is None else lr, above=0)
         check_number("algo.warmup_steps", warmup_steps, at_least=0)
         check_number("algo.weight_decay", weight_decay, at_least=0)
