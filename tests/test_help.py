@@ -178,7 +178,7 @@ def test_an_unknown_argument_is_answered_with_the_nearest():
         GRPO(policy=tiny_model(), tokenizer=NumberTokenizer(), group_sise=3)
     with pytest.raises(TypeError, match=r"^Stronger has no argument 'strenght'; did you mean 'strength'"):
         Stronger(strenght=3)
-    with pytest.raises(TypeError, match=r"^DPO has no argument 'group_size'; did you mean 'batch_size'"):
+    with pytest.raises(TypeError, match=r"^DPO has no argument 'group_size'; known: batch_size, beta,"):
         DPO(group_size=8)
 
 
