@@ -116,6 +116,14 @@ def test_what_was_exported_and_the_checkpoints_are_artifacts(run):
     assert "model.safetensors" in here
 
 
+@pytest.mark.slow
+def test_a_finding_is_an_alert(run):
+    (finding,) = json.loads((run / "findings.json").read_text())
+    (alert,) = records_of(run)["alert"]
+    assert alert["title"] == "lit_rlhf: kl"
+    assert alert["text"] == f"since rollout {finding['since']}: {finding['says']}. Try: {finding['advice']}"
+
+
 def small_run(folder, rollouts, name="run", ckpt_path=None, **of_logger):
     """An offline run in this process, with samples of two rows every rollout; its folder."""
     logger = wandb_logger(folder / name, continues=ckpt_path, **of_logger)

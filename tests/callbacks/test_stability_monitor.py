@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -257,3 +258,18 @@ def test_a_resumed_monitor_goes_on_where_it_was():
 
 def test_the_bounds_are_those_that_are_written_down():
     assert (Healthy().approx_kl, Healthy().clip_fraction) == (0.05, 0.3)
+
+
+def test_the_page_has_every_finding_with_its_metrics_and_bounds():
+    page = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text()
+    rows = {
+        row[0].strip("` "): row for row in (line.strip("| ").split(" | ") for line in page.splitlines()) if len(row) > 2
+    }
+    assert [name for name in rows if name not in ("finding", "---")] == [gate.name for gate in GATES]
+    written = {}
+    for gate in GATES:
+        metrics, bounds = rows[gate.name][1], rows[gate.name][3] if len(rows[gate.name]) > 3 else ""
+        assert all(name.split("/")[1] in metrics for name in gate.needs), gate.name
+        written |= {name: float(number) for name, number in re.findall(r"`(\w+)` (-?[\d.]+)", bounds)}
+    known = {name: bound[0] if isinstance(bound, tuple) else bound for name, bound in vars(Healthy()).items()}
+    assert written == known
