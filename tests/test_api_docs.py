@@ -1,6 +1,7 @@
 """Every public name is documented: what it is, shapes of tensors, what it raises, where a formula is from, numbers."""
 
 import ast
+import dataclasses
 import doctest
 import functools
 import importlib
@@ -14,6 +15,7 @@ import pytest
 from torchmetrics import Metric
 
 from lit_rlhf import functional, metrics
+from lit_rlhf.types import Rollout
 
 EXPORTING = ("", "functional", "metrics", "rewards", "data", "types", "registry", "rollouts.engines")
 WHOLE = ("models", "callbacks")  # packages that export nothing: every public name of their modules
@@ -99,18 +101,20 @@ def test_shapes_of_tensors_are_stated():
     assert unstated == []
 
 
-def test_tensors_in_a_batch_state_their_shapes():
-    fields, unstated = 0, []
+def test_help_of_a_batch_states_the_shapes_of_its_tensors_inherited_ones_too():
+    found, unstated = 0, []
     for name, thing in PUBLIC.items():
-        source = textwrap.dedent(inspect.getsource(thing)) if hasattr(thing, "__dataclass_fields__") else "class A: ..."
-        lines = source.splitlines()
-        for field in ast.parse(source).body[0].body:
-            if isinstance(field, ast.AnnAssign) and "Tensor" in ast.unparse(field.annotation):
-                fields += 1
-                stated = re.search(r"#.*\[.*\]", lines[field.end_lineno - 1])
-                unstated += [] if stated else [f"{name}.{field.target.id}"]
-    assert fields > 40
+        batch = dataclasses.is_dataclass(thing) and name.startswith("lit_rlhf.types")
+        for field in dataclasses.fields(thing) if batch else ():
+            if "Tensor" in str(field.type):
+                found += 1
+                stated = re.search(rf"^    {field.name} \(Tensor[^)]*\): `?\[.*\]", thing.__doc__, flags=re.MULTILINE)
+                unstated += [] if stated else [f"{name}.{field.name}"]
+    assert found > 70
     assert unstated == []
+    rows = Rollout.__doc__.split("Fields:\n")[1].splitlines()
+    assert [row.split()[0] for row in rows] == [field.name for field in dataclasses.fields(Rollout)]
+    assert "    truncated (Tensor): [N] bool, ended by max_new_tokens and not by EOS or a stop token" in rows
 
 
 def test_what_is_raised_is_said():

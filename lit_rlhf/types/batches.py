@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.types.field_docs import with_fields
 
 Row: TypeAlias = dict[str, Any]  # of a dataset, by column
 
@@ -92,6 +93,7 @@ class Rows:
         return self._map_tensors(lambda t: t[index] if t.ndim else t)
 
 
+@with_fields
 @dataclass(frozen=True)
 class PromptBatch:
     """Prompts to sample for.
@@ -114,6 +116,7 @@ class PromptBatch:
         return self
 
 
+@with_fields
 @dataclass(frozen=True)
 class CompletionBatch(Rows):
     """Prompts with completions to imitate (SFT) or to score. The step counts are those of `Experience`."""
@@ -122,14 +125,15 @@ class CompletionBatch(Rows):
     prompt_mask: Tensor  # [N, P] bool
     response_ids: Tensor  # [N, T] int64, right-padded
     response_mask: Tensor  # [N, T] bool, EOS included
-    step_tokens: Tensor | None = None  # []
-    step_rows: Tensor | None = None  # []
+    step_tokens: Tensor | None = None  # [] tokens of the optimiser step
+    step_rows: Tensor | None = None  # [] non-empty rows of the optimiser step
 
     def without_tokens(self) -> CompletionBatch:
         """The same batch with empty completions: rows that count for nothing."""
         return replace(self, response_mask=torch.zeros_like(self.response_mask))
 
 
+@with_fields
 @dataclass(frozen=True)
 class PreferenceBatch(Rows):
     """Pairs of completions of one prompt, one preferred to the other (DPO, reward models)."""
@@ -166,6 +170,7 @@ class PreferenceBatch(Rows):
         )
 
 
+@with_fields
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Rows):
     """Sampled completions, as an engine returns them."""
@@ -203,6 +208,7 @@ class Rollout(Rows):
         return replace(self, **{k: cut(k, v) for k, v in named.items() if isinstance(v, Tensor)})
 
 
+@with_fields
 @dataclass(frozen=True, kw_only=True)
 class ScoredRollout(Rollout):
     """Completions with their rewards, and the log-probs that the update needs."""
@@ -218,6 +224,7 @@ class ScoredRollout(Rollout):
     baseline: Tensor | None = None  # [N] reward of another completion of the same prompt (ReMax)
 
 
+@with_fields
 @dataclass(frozen=True, kw_only=True)
 class Experience(ScoredRollout):
     """Rows to train on: a scored rollout with advantages.
@@ -230,8 +237,8 @@ class Experience(ScoredRollout):
     advantages: Tensor  # [N, T]
     returns: Tensor | None = None  # [N, T], for the value function
     staleness: Tensor | None = None  # [N] int64, rollouts between the weights that sampled and those trained on it
-    step_tokens: Tensor | None = None  # []
-    step_rows: Tensor | None = None  # []
+    step_tokens: Tensor | None = None  # [] tokens of the optimiser step
+    step_rows: Tensor | None = None  # [] non-empty rows of the optimiser step
 
     def with_signal(self) -> Experience:
         """The rows with an advantage other than 0, or the first row where there is none.

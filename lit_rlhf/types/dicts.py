@@ -12,9 +12,11 @@ from torch import Tensor
 from lit_rlhf.errors import InputError
 from lit_rlhf.types.batches import CompletionBatch, PreferenceBatch
 from lit_rlhf.types.dict_fields import Fields, check_finite, check_ids, check_keys, given_keys
+from lit_rlhf.types.field_docs import with_fields
 from lit_rlhf.types.preference_dicts import OPTIONAL, REQUIRED, preference_batch_from_dict
 
 
+@with_fields
 @dataclass(frozen=True, kw_only=True)
 class GivenCompletions(CompletionBatch):
     """Completions of a user's own with their rewards, and whatever else is known of them; zero on cells not sampled."""
