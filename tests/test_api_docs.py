@@ -15,6 +15,7 @@ import pytest
 from torchmetrics import Metric
 
 from lit_rlhf import functional, metrics
+from lit_rlhf.models.scoring import Scores
 from lit_rlhf.types import Rollout
 
 EXPORTING = ("", "functional", "metrics", "rewards", "data", "types", "registry", "rollouts.engines")
@@ -112,6 +113,7 @@ def test_help_of_a_batch_states_the_shapes_of_its_tensors_inherited_ones_too():
                 unstated += [] if stated else [f"{name}.{field.name}"]
     assert found > 70
     assert unstated == []
+    assert "    kl (Tensor | None): [N, T] nats, exact KL(policy, reference)" in Scores.__doc__
     rows = Rollout.__doc__.split("Fields:\n")[1].splitlines()
     assert [row.split()[0] for row in rows] == [field.name for field in dataclasses.fields(Rollout)]
     assert "    truncated (Tensor): [N] bool, ended by max_new_tokens and not by EOS or a stop token" in rows

@@ -18,8 +18,10 @@ from lit_rlhf.functional.linear_logprobs import TILE
 from lit_rlhf.models.adapters import without_adapters
 from lit_rlhf.models.forward import Completions, Shortcuts, forward_parts
 from lit_rlhf.models.output_layer import continues_from_cache, output_layer
+from lit_rlhf.types.field_docs import with_fields
 
 
+@with_fields
 class Scores(NamedTuple):  # whose tensors a sharded model's hooks find
     """What a forward pass says about the completions; zero where `response_mask` is false."""
 
@@ -29,6 +31,7 @@ class Scores(NamedTuple):  # whose tensors a sharded model's hooks find
     values: Tensor | None = None  # [N, T] V before emitting token t
 
 
+@with_fields
 class Values(NamedTuple):
     """What a scalar head says about the completions."""
 

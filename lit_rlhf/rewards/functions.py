@@ -34,6 +34,14 @@ def verifier(fn: F | None = None, *, answer: Callable[[str], Hashable | None] | 
     `@verifier`, or `@verifier(answer=final_number)` to say what in a completion is the answer, so that completions
     can vote: equal answers are one, `None` is no answer. Without it the whole completion votes, but for white space
     around it.
+
+    >>> @verifier
+    ... def even(completions, **columns):
+    ...     return [float(int(text) % 2 == 0) for text in completions]
+    >>> rewards = RewardFunctions([even])
+    >>> total, parts = rewards(["1+1=", "1+2="], ["2", "3"], [[5], [6]], {})
+    >>> rewards.accuracy(parts)
+    tensor([1., 0.])
     """
     if fn is None:
         return partial(_marked, answer=answer)
@@ -57,7 +65,11 @@ class TrainerState:
 
 
 class DataRewards:
-    """Stands for the data module's own reward functions, where no others are given."""
+    """Stands for the data module's own reward functions, where no others are given.
+
+    Args:
+        timeout: seconds that each may take for one call; None for no limit.
+    """
 
     def __init__(self, timeout: float | None = TIMEOUT) -> None:
         check_timeout(timeout)

@@ -37,6 +37,12 @@ class SamplingConfig:
             rollouts before it are trained on, by the weights of before them (see `rollouts.ahead`).
         max_rows: most completions sampled at a time, which bounds the memory; others take the place of those that have
             ended. None: all at once. The completions are the same.
+
+    Raises:
+        InputError: a number that nothing can be sampled with.
+
+    >>> SamplingConfig(max_new_tokens=256, temperature=0.7).group_size
+    1
     """
 
     max_new_tokens: int = 64
@@ -252,13 +258,22 @@ class Experience(ScoredRollout):
 
 
 def pad_left(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
-    """Left-pad token lists. Returns ids `[N, P]` int64 and mask `[N, P]` bool."""
+    """Left-pad token lists. Returns ids `[N, P]` int64 and mask `[N, P]` bool.
+
+    >>> pad_left([[5], [6, 7]])[0].tolist()
+    [[0, 5], [6, 7]]
+    """
     ids, mask = pad_right([row[::-1] for row in rows], value)
     return ids.flip(1), mask.flip(1)
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
-    """Right-pad token lists. Returns ids `[N, T]` int64 and mask `[N, T]` bool."""
+    """Right-pad token lists. Returns ids `[N, T]` int64 and mask `[N, T]` bool.
+
+    >>> ids, mask = pad_right([[5], [6, 7]])
+    >>> ids.tolist(), mask.tolist()
+    ([[5, 0], [6, 7]], [[True, False], [True, True]])
+    """
     width = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), width), value, dtype=torch.long)
     for i, row in enumerate(rows):

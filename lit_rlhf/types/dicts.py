@@ -69,6 +69,11 @@ def from_dict(batch: Mapping[str, Any], pad_token_id: int = 0) -> GivenCompletio
     Raises:
         InputError: a key is unknown or missing, or its value is of the wrong type or shape; the sentence names the
             key, what was given and what is expected.
+
+    >>> one_prompt = {"prompt_ids": [[5, 6]], "response_ids": [[[7, 1], [8, 9]]], "rewards": [[1.0, 0.0]]}
+    >>> rows = from_dict({**one_prompt, "response_masks": [[[1, 1], [1, 0]]]})
+    >>> rows.prompt_ids.tolist(), rows.rewards.tolist(), rows.response_mask.sum(1).tolist()
+    ([[5, 6], [5, 6]], [1.0, 0.0], [2, 1])
     """
     given = given_keys(batch)
     formats = (_ROWS, _GROUPS, _PAIRS)

@@ -14,14 +14,15 @@ _FIELD = re.compile(r"^    (\w+): ([^=#]*[^=# ])(?: = [^#]*[^# ])? *# (.+)$", re
 
 
 def with_fields(cls: type[T]) -> type[T]:
-    """Add the fields of a dataclass, those of its bases included, to its docstring."""
+    """Add the fields of a dataclass or named tuple, those of its bases included, to its docstring."""
     lines: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         source = "".join(linecache.getlines(getattr(sys.modules[base.__module__], "__file__", None) or ""))
         _, _, body = source.partition(f"\nclass {base.__name__}")
         for name, kind, comment in _FIELD.findall(re.split(r"\n(?=[^\s#)])", body)[0]):
             lines[name] = f"    {name} ({kind}): {comment}"
-    known = [lines[field.name] for field in fields(cls) if field.name in lines]  # type: ignore[arg-type]
+    names = getattr(cls, "_fields", None) or [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    known = [lines[name] for name in names if name in lines]
     if cls.__doc__ and known:
         cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__), "", "Fields:", *known])
     return cls
