@@ -49,7 +49,7 @@ class Gate:
     def turned(self, tracks: Tracks, healthy: Healthy, wrong: bool) -> int:
         """How many rollouts ago, 0 for the newest, it began to be wrong, or to be well again.
 
-        From then on most of the newest values are so.
+        From then on three of four values are so, at least.
         """
         if self.looks_at:
             return self.looks_at - 1 if wrong else 0
@@ -57,7 +57,7 @@ class Gate:
             return max(tracks[name].count for name in self.needs) - 1 if wrong else 0
         places = range(-min(len(tracks[name].recent) for name in self.needs), 0)
         so = [(self._says_at(tracks, healthy, i) is not None) == wrong for i in places]
-        return next((len(so) - i - 1 for i in range(len(so)) if so[i] and 2 * sum(so[i:]) > len(so) - i), 0)
+        return next((len(so) - i - 1 for i in range(len(so)) if so[i] and 4 * sum(so[i:]) >= 3 * (len(so) - i)), 0)
 
     def _says_at(self, tracks: Tracks, healthy: Healthy, i: int) -> str | None:
         then = {**tracks, **{name: tracks[name].at(i) for name in self.needs}}

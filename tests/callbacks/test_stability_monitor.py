@@ -61,7 +61,7 @@ SICK = {  # what goes wrong from rollout 20 on, as functions of the rollouts sin
     "gradient": {"stability/grad_norm": lambda n: 500.0},
     "preferences": {"preference/preference_accuracy": lambda n: 0.5},
     "forgetting": {"preference/chosen_logps": lambda n: -41.0},
-    "overfit": {"val/sft_loss": lambda n: 0.7 + 0.01 * n},
+    "overfit": {"val/sft_loss": lambda n: 0.7},
 }
 BEGINS = {  # of what wanes or grows slowly, when a single rollout is beyond the bound
     "entropy collapse": 26,  # 0.5 * 0.5 ** 6 < max(0.03 * 0.5, 0.01)
@@ -165,6 +165,23 @@ def test_the_beginning_is_that_of_the_trouble_and_not_of_its_discovery(begins):
     assert finding.until is None
 
 
+def test_a_single_bad_rollout_before_is_not_the_beginning():
+    bad = lambda n: {"stability/approx_kl": 0.08} if n == 16 or n >= 20 else {}  # noqa: E731
+    (finding,) = watch(StabilityMonitor(), range(1, 60), bad).findings
+    assert finding.since == 20
+
+
+def test_what_comes_back_within_the_patience_is_the_same_finding():
+    nan = lambda n: {"stability/skipped_fraction": 0.5} if n in (20, 23) else {}  # noqa: E731
+    (finding,) = watch(StabilityMonitor(), range(1, 60), nan).findings
+    assert (finding.since, finding.until) == (20, 24)
+
+
+def test_a_held_out_loss_that_rises_with_that_of_training_is_not_overfitting():
+    rises = lambda n: {"val/sft_loss": 0.7, "loss/loss": 0.65} if n >= 20 else {}  # noqa: E731
+    assert watch(StabilityMonitor(), range(1, 60), rises).findings == []
+
+
 def test_a_loss_above_its_beginning_is_told_of_passes_and_not_of_rollouts():
     trainer = SimpleNamespace(is_global_zero=True, loggers=[])
     for more, expected in (({}, [("loss", 3, "pass")]), ({"stability/approx_kl": 0.01}, [])):
@@ -247,13 +264,22 @@ def test_findings_are_written_down_those_of_before_a_resume_too(tmp_path):
     assert json.loads((tmp_path / "sound.json").read_text()) == []
 
 
-def test_a_resumed_monitor_goes_on_where_it_was():
-    bad = lambda n: {"stability/approx_kl": 0.1} if n >= 18 else {}  # noqa: E731
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda n: {"stability/approx_kl": 0.1} if n >= 18 else {},
+        lambda n: {"stability/skipped_fraction": 0.5} if n == 22 else {},
+        lambda n: {"val/sft_loss": 0.7} if n >= 12 else {},
+    ],
+    ids=["not yet named", "not yet over", "since long"],
+)
+def test_a_resumed_monitor_goes_on_where_it_was(bad):
     whole = watch(StabilityMonitor(), range(1, 60), bad)
     before = watch(StabilityMonitor(), range(1, 25), bad)
     after = StabilityMonitor()
-    after.load_state_dict(before.state_dict())
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert watch(after, range(25, 60), bad).findings == whole.findings
+    assert len(whole.findings) == 1
 
 
 def test_the_bounds_are_those_that_are_written_down():
