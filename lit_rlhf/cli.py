@@ -29,7 +29,6 @@ from lit_rlhf.confidential import check_no_secrets
 from lit_rlhf.config import conf_dir, prepare_arguments
 from lit_rlhf.errors import InputError
 from lit_rlhf.failing import fail, mask_traceback, one_line
-from lit_rlhf.monitoring.comparison import FAILED
 from lit_rlhf.usage import usage
 
 _NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
@@ -81,11 +80,11 @@ def main(
             check_no_secrets(OmegaConf.to_container(HydraConfig.get().job.env_set), "hydra.job.env_set")
             check(_resolved(cfg))
             _check_writable(run_folder())
-            Path(run_folder(), FAILED).unlink(missing_ok=True)
+            sweep_jobs.begin()
             run(cfg)
         except Exception as error:
             sentence = _input_error(error)
-            sweep_jobs.note_failure(run_folder(), one_line(sentence or f"{type(error).__name__}: {error}"))
+            sweep_jobs.note_failure(one_line(sentence or f"{type(error).__name__}: {error}"))
             if sentence is not None:
                 fail(sentence)
             if _LOST_RANK.match(str(error)):

@@ -45,8 +45,12 @@ OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
 def is_one() -> bool:
     """Whether this is a run of a sweep that compares its runs, which are processes of their own."""
-    own = HydraConfig.get()
-    return bool(own.mode == RunMode.MULTIRUN and "sweep" in (own.callbacks or {}))
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN and _compared())
+
+
+def _compared() -> bool:
+    """Whether this entry point's runs are."""
+    return "sweep" in (HydraConfig.get().callbacks or {})
 
 
 def run(module: str, arguments: Sequence[str]) -> None:
@@ -76,13 +80,20 @@ def run(module: str, arguments: Sequence[str]) -> None:
     if code < 0:
         print(f"error: the run was ended by {signal.Signals(-code).name}", file=sys.stderr)
     if code and not (folder / FAILED).exists():
-        note_failure(folder, f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}")
+        note_failure(f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}")
 
 
-def note_failure(folder: str | Path, says: str) -> None:
+def begin() -> None:
+    """Take back what an earlier attempt in this folder has noted."""
+    if _compared():
+        Path(HydraConfig.get().runtime.output_dir, FAILED).unlink(missing_ok=True)
+
+
+def note_failure(says: str) -> None:
     """Leave word in the run's folder of why it has no end, for whoever compares runs."""
-    with suppress(OSError):
-        Path(folder, FAILED).write_text(says + "\n", encoding="utf-8")
+    if _compared():
+        with suppress(OSError):
+            Path(HydraConfig.get().runtime.output_dir, FAILED).write_text(says + "\n", encoding="utf-8")
 
 
 def _is_flag(argument: str) -> bool:
