@@ -68,10 +68,10 @@ def main(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin are ten times slower on a busy core
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands exceptions on, instead of printing them itself
-    composed = False
+    composed = begun = False
 
     def task(cfg: DictConfig) -> None:
-        nonlocal composed
+        nonlocal composed, begun
         composed = True
         if sweep_jobs.is_one():
             return sweep_jobs.run(f"lit_rlhf.{name}", sys.argv[1:])
@@ -81,10 +81,12 @@ def main(
             check(_resolved(cfg))
             _check_writable(run_folder())
             sweep_jobs.begin()
+            begun = True
             run(cfg)
         except Exception as error:
             sentence = _input_error(error)
-            sweep_jobs.note_failure(one_line(sentence or f"{type(error).__name__}: {error}"))
+            if begun:  # what is refused leaves nothing behind
+                sweep_jobs.note_failure(one_line(sentence or f"{type(error).__name__}: {error}"))
             if sentence is not None:
                 fail(sentence)
             if _LOST_RANK.match(str(error)):
