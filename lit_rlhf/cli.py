@@ -84,13 +84,7 @@ def main(
             begun = True
             run(cfg)
         except Exception as error:
-            sentence = _input_error(error)
-            if begun:  # what is refused leaves nothing behind
-                sweep_jobs.note_failure(one_line(sentence or f"{type(error).__name__}: {error}"))
-            if sentence is not None:
-                fail(sentence)
-            if _LOST_RANK.match(str(error)):
-                fail(str(error), code=1)
+            _end(error, begun)
             raise
 
     try:
@@ -100,6 +94,17 @@ def main(
             fail(_not_composed(error))
         mask_traceback()
         raise
+
+
+def _end(error: Exception, begun: bool) -> None:
+    """End the process with a sentence, if the error has one for the user; of a run that has begun it is noted."""
+    sentence = _input_error(error)
+    if begun:  # what is refused leaves nothing behind
+        sweep_jobs.note_failure(one_line(sentence or f"{type(error).__name__}: {error}"))
+    if sentence is not None:
+        fail(sentence)
+    if _LOST_RANK.match(str(error)):
+        fail(str(error), code=1)
 
 
 def primary(name: str) -> dict[str, Any]:
