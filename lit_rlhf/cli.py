@@ -55,16 +55,16 @@ def main(
         elsewhere: keys of groups that `check` refuses because another key decides them.
     """
     sys.path.insert(0, str(Path.cwd()))
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print((about or "").rstrip())
-        print("\n".join(usage(name, primary(name), sys.argv[1:], elsewhere)))
-        return
+    given = sys.argv[1:]
     try:
         sys.argv[1:] = prepare_arguments(sys.argv[1:], primary(name))
         check_grammar(sys.argv[1:])
         sys.argv += sweep_jobs.named(sys.argv[1:])
     except InputError as error:
         fail(str(error))
+    if {"--help", "-h"} & {*given}:
+        print("\n".join([(about or "").rstrip(), *usage(name, primary(name), given, elsewhere)]))
+        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin are ten times slower on a busy core
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands exceptions on, instead of printing them itself

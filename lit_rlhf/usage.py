@@ -14,10 +14,11 @@ import yaml
 
 from lit_rlhf.config import choices, conf_dir, signature_of, yaml_folders
 
+_OF_ALL = ("experiment", "debug", "preset")  # whose files set keys of other groups
 _LEFT = 28  # columns before what explains a choice or key
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[a-z]\w*):(?P<value>[^#]*)(?:# (?P<comment>.*))?")
 _END = """
--m                              a run for each of several values: algo=grpo,rloo seed=1,2,3
+-m                              a run for each of several values, given as KEY=A,B
 --cfg job                       show the configuration that the arguments make, and stop
 hydra.run.dir=FOLDER            where the run's files go
 """
@@ -41,7 +42,9 @@ def usage(
     given = [argument.partition("=")[::2] for argument in arguments]
     if chosen := {group: choice for group, choice in given if choice in groups.get(group, ())}:
         for group, choice in chosen.items():
-            yield from _keywords(group, choice, _file(folders, group, choice), {*elsewhere})
+            yield f"\n{group}={choice}: {_about(_file(folders, group, choice))}"
+            content = _content(folders, group, choice)
+            yield from _sets(content) if group in _OF_ALL else _keywords(group, content, {*elsewhere})
         return
     for group in (group for group in groups if group in default):  # the others are chosen by themselves
         yield f"\n{group}=" + (f"{default[group]}, or another of" if default[group] else "")
@@ -54,17 +57,38 @@ def usage(
     yield _END.rstrip()
 
 
-def _keywords(group: str, choice: str, file: Path, elsewhere: Collection[str]) -> Iterator[str]:
-    """What a choice builds, and the arguments of that."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    yield f"\n{group}={choice}: {_about(file)}"
+def _content(folders: Sequence[Path], group: str, choice: str) -> dict[str, Any]:
+    """What a choice's yaml file holds, with that of the choices of its group that it begins with."""
+    content: dict[str, Any] = yaml.safe_load(_file(folders, group, choice).read_text(encoding="utf-8")) or {}
+    entries = content.get("defaults", [])
+    for name in (entry for entry in entries if isinstance(entry, str) and entry != "_self_"):
+        content = _content(folders, group, name) | content
+    overridden = [entry for entry in entries if isinstance(entry, dict)]
+    content["defaults"] = {key.removeprefix("override /"): x for entry in overridden for key, x in entry.items()}
+    return content
+
+
+def _keywords(path: str, content: Mapping[str, Any], elsewhere: Collection[str]) -> Iterator[str]:
+    """The arguments of what a choice builds, one thing or several that have names."""
     signature = signature_of(str(content.get("_target_")))
-    if signature is None:
-        return
-    for key, annotation in sorted(signature.parameters.items()):
-        if f"{group}.{key}" not in elsewhere:
-            yield from _entry(f"  {group}.{key}", None if annotation is None else ast.unparse(annotation))
-    yield f"their defaults and meanings: python -m pydoc {content['_target_']}"
+    if signature is not None:
+        for key, annotation in sorted(signature.parameters.items()):
+            if f"{path}.{key}" not in elsewhere and not isinstance(content.get(key), dict):
+                yield from _entry(f"  {path}.{key}", None if annotation is None else ast.unparse(annotation))
+        yield f"  their defaults and meanings: python -m pydoc {content['_target_']}"
+    for name, inside in content.items():
+        if isinstance(inside, dict) and name != "defaults":
+            yield from _keywords(f"{path}.{name}", inside, elsewhere)
+
+
+def _sets(content: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """The values that a choice gives keys of other groups."""
+    yield from (f"  {group}={choice}" for group, choice in content.get("defaults", {}).items())
+    for key, value in content.items():
+        if isinstance(value, dict) and key != "defaults":
+            yield from _sets(value, f"{path}{key}.")
+        elif key != "defaults":
+            yield f"  {path}{key}={value}"
 
 
 def _keys(file: Path) -> Iterator[str]:

@@ -76,3 +76,29 @@ def test_choices_of_a_folder_of_the_users_are_listed(tmp_path, monkeypatch, caps
     (tmp_path / "algo").mkdir()
     OmegaConf.save({"_target_": "lit_rlhf.GRPO"}, tmp_path / "algo" / "mine.yaml")
     assert "mine" in choices(page(monkeypatch, capsys, train, "--config-dir", str(tmp_path), "--help"), "algo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["trainer=fsdp2"], "  trainer.strategy.timeout  "),
+        (["trainer=ddp"], "  trainer.max_epochs  "),  # of the choice that it begins with
+        (["callbacks=best"], "  callbacks.monitor.bounds  "),
+        (["logger=default"], "  logger.wandb.log_model  "),
+        (["experiment=flux/dapo"], "  algo.clip_ratio_high=0.28\n"),
+        (["experiment=flux/dapo"], "  algo=dapo\n"),
+    ],
+)
+def test_a_choice_that_builds_several_things_or_sets_values_lists_them(arguments, line, monkeypatch, capsys):
+    assert line in page(monkeypatch, capsys, train, *arguments, "--help")
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [("algo=dapoo", "did you mean 'dapo'"), ("algoo=dapo", "did you mean 'algo'"), ("algo=dapo,grpo", "add -m")],
+)
+def test_a_mistake_beside_it_is_told(argument, sentence, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        page(monkeypatch, capsys, train, argument, "--help")
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
