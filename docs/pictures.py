@@ -1,8 +1,10 @@
 """Makes the pictures of the terminal and of the reports in the README: `python docs/pictures.py`; it takes Chromium.
 
 terminal.png         `python -m lit_rlhf.train algo=dapo` on a terminal of 112 columns
-report_healthy.png   that run's report.html
+report_healthy.png   the beginning of that run's report.html
+report_whole.png     all of it
 report_sick.png      the report of `algo=grpo` with a hundred times its learning rate
+report_dark.png      the same, dark and 500 pixels wide
 """
 
 from __future__ import annotations
@@ -24,8 +26,13 @@ HERE = Path(__file__).resolve().parent
 TRAIN = "python -m lit_rlhf.train algo="
 HEALTHY = f"{TRAIN}dapo"
 SICK = f"{TRAIN}grpo algo.lr=2e-2 trainer.max_epochs=60"
+REPORTS = {  # picture -> run, width and height in pixels, dark
+    "report_healthy": ("healthy", 1280, 1400, False),
+    "report_whole": ("healthy", 1280, 3310, False),
+    "report_sick": ("sick", 1280, 1400, False),
+    "report_dark": ("sick", 500, 1600, True),
+}
 COLUMNS, ROWS = 112, 40
-SHOWN = 1400  # pixels of a report's beginning
 PAGE = """<meta charset="utf-8"><body style="margin:0;background:#1e1e24;color:#e4e4e8;padding:14px 18px;
 font:15px/1.45 'DejaVu Sans Mono',monospace;white-space:pre">{}</body>"""
 
@@ -53,11 +60,12 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-def photograph(page: Path, picture: Path, width: int, height: int) -> None:
+def photograph(page: Path, picture: Path, width: int, height: int, dark: bool = False) -> None:
     """The beginning of a page as Chromium shows it."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("Chromium is not installed")
     with tempfile.TemporaryDirectory() as profile:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+        flags += ["--blink-settings=preferredColorScheme=0", "--force-dark-mode"] if dark else []
         size = [f"--window-size={width},{height}", f"--screenshot={picture}"]
         subprocess.run([chromium, *flags, *size, page.as_uri()], check=True, capture_output=True, timeout=120)
 
@@ -73,8 +81,8 @@ def main() -> None:
         if not said.is_file():
             run.mkdir(exist_ok=True)
             said.write_text(on_terminal(command, run))
-        report = next(run.rglob("report.html"))
-        photograph(report, HERE / f"report_{name}.png", 1280, SHOWN)
+    for picture, (name, *look) in REPORTS.items():
+        photograph(next((folder / name).rglob("report.html")), HERE / f"{picture}.png", *look)
     text = (folder / "healthy.txt").read_text().replace(f"{folder}/healthy/", "")
     page = folder / "terminal.html"
     page.write_text(PAGE.format(html.escape(text.strip())))

@@ -105,6 +105,11 @@ def check_stage(stage: Stage) -> None:
         plain: Any = OmegaConf.to_container(compose("train", overrides), resolve=False)
         check_no_secrets(plain)
         check_training(plain)
+        if plain["dry_run"]:
+            raise InputError(
+                "dry_run=true would leave no model for the next stage; python -m lit_rlhf.train algo=... dry_run=true "
+                "shows one stage's plan"
+            )
         for key in ("path", "validation_path"):
             file = Path(str(plain["data"].get(key) or ".")).expanduser()
             if (file.suffix or file.is_absolute()) and not file.exists():

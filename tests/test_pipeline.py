@@ -174,6 +174,7 @@ def test_the_figure_has_a_panel_for_each_stage(tmp_path):
     [
         (["policy.algo.clip_ratio=1"], "in the stage policy: unknown key 'algo.clip_ratio'"),
         (["sft.algo.lr=much"], "in the stage sft: 'algo.lr' must be float"),
+        (["dry_run=true"], "in the stage sft: dry_run=true would leave no model for the next stage"),
         (["pipeline.reward=null"], "unknown key 'pipeline.reward'; did you mean 'reward_model'"),
         (["pipeline.policy=gpro"], "did you mean"),
         (["sft=null"], "write pipeline.sft=null"),
