@@ -192,6 +192,12 @@ def check_targets(config: Mapping[str, Any], groups: Iterable[str]) -> None:
             raise InputError(f"{group}._target_ must be an import path; choose one with {group}=...")
 
 
+def check_log_model(value: Any) -> None:
+    """Check what of a run becomes a W&B artifact."""
+    if value not in (True, False, "all"):
+        raise InputError(f"logger.wandb.log_model must be true, false or all, got {value!r}")
+
+
 def check_elsewhere(config: Mapping[str, Any], elsewhere: Mapping[str, str]) -> None:
     """Refuse the keys `group.name` that another key decides, which `elsewhere` says how to write."""
     for key, instead in elsewhere.items():

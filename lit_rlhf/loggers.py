@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_rlhf.errors import InputError
+from lit_rlhf.config import check_log_model
 from lit_rlhf.versions import versions
 
 LogModel = Literal["all"] | bool
@@ -67,8 +67,7 @@ def wandb_logger(
             every checkpoint, too, when it is written.
         **kwargs: passed to `lightning.pytorch.loggers.WandbLogger`.
     """
-    if log_model not in (True, False, "all"):
-        raise InputError(f"logger.wandb.log_model must be true, false or all, got {log_model!r}")
+    check_log_model(log_model)
     os.environ.setdefault("WANDB_SILENT", "true")
     if "WANDB_MODE" not in os.environ and not logged_in():
         os.environ["WANDB_MODE"] = "offline"  # before wandb is first imported, which reads it

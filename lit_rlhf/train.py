@@ -13,7 +13,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf import cli
-from lit_rlhf.config import check_config, check_elsewhere, check_targets, check_top_level, signature_of
+from lit_rlhf.config import (
+    check_config,
+    check_elsewhere,
+    check_log_model,
+    check_targets,
+    check_top_level,
+    signature_of,
+)
 from lit_rlhf.errors import InputError, check_number
 
 ELSEWHERE = {  # what `train` itself hands over, and the key that decides it
@@ -130,6 +137,7 @@ def check_run(config: Mapping[str, Any]) -> None:
     if config["ckpt_path"] in ("", "best", "hpc"):  # words of Lightning's for other things
         raise InputError(f"ckpt_path={config['ckpt_path']} is no file; give a checkpoint, or last for the newest")
     check_config(config)
+    check_log_model(((config.get("logger") or {}).get("wandb") or {}).get("log_model", False))
     for name, value in config["trainer"].items():  # which Lightning takes, and divides by or turns the gradient around
         if isinstance(value, (int, float)) and name in (*_SMALLEST, *_POSITIVE):
             check_number(f"trainer.{name}", value, at_least=_SMALLEST.get(name), above=0 if name in _POSITIVE else None)

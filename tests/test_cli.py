@@ -105,6 +105,11 @@ def test_a_mistake_on_the_command_line_is_answered_by_one_sentence(here, argumen
     assert fork(*arguments, *TINY, cwd=here).sentence().startswith(sentence)
 
 
+def test_a_dry_run_refuses_what_the_run_would(here):
+    sentence = "logger.wandb.log_model must be true, false or all, got 'maybe'"
+    assert fork("dry_run=true", "logger.wandb.log_model=maybe", cwd=here).sentence() == sentence
+
+
 def test_batch_sizes_that_do_not_divide(here):
     sizes = ["algo.prompts_per_rollout=5", "algo.group_size=3", "algo.minibatches=2"]
     sentence = fork(*sizes, *TINY, cwd=here).sentence()

@@ -18,6 +18,7 @@ from lit_rlhf.errors import check_number
 from lit_rlhf.rollouts.sampler import decode, sampled_ids
 from lit_rlhf.types import Experience
 
+_SHOWN = {"rollout", "prompt", "completion", "reward", "rewards", "advantage", "tokens", "finish"}  # of a row
 _TABLE_ROWS, _TABLE_CHARACTERS = 1000, 1_000_000  # of the newest samples: W&B is sent all of them each time
 
 
@@ -84,8 +85,9 @@ class Samples(RLHFCallback):
         return {"table": list(self._table)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse."""
-        self._table = deque(state_dict["table"], maxlen=_TABLE_ROWS)
+        """The inverse, without rows that lack what the table shows: another version's must not end the run."""
+        rows = state_dict.get("table", ())
+        self._table = deque((row for row in rows if row.keys() >= _SHOWN), maxlen=_TABLE_ROWS)
 
     def _lines(self, module: Any, rows: Experience) -> Iterator[dict[str, Any]]:
         prompts = module.tokenizer.batch_decode(

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lit_rlhf.callbacks.hooks import RLHFCallback
@@ -21,6 +22,7 @@ from lit_rlhf.monitoring.gates import GATES, Gate
 from lit_rlhf.monitoring.healthy import Healthy, checked_bounds
 from lit_rlhf.monitoring.tracks import Track, plain, tracks_from
 
+_FORMAT = 2  # of the state in a checkpoint; another one's is left alone
 Turns = dict[str, tuple[int, int]]  # by gate, the rollout at which it was noticed, and at which it began
 
 
@@ -118,6 +120,7 @@ class StabilityMonitor(RLHFCallback):
     def state_dict(self) -> dict[str, Any]:
         """Plain containers: a resumed run goes on judging by what came before."""
         return {
+            "format": _FORMAT,
             "tracks": plain(self._tracks),
             "since": {name: list(when) for name, when in self._since.items()},
             "well": {name: list(when) for name, when in self._well.items()},
@@ -125,10 +128,20 @@ class StabilityMonitor(RLHFCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse."""
-        self._tracks = tracks_from(state_dict["tracks"])
-        self._since, self._well = (
-            {gate: (noticed, turned) for gate, (noticed, turned) in state_dict[name].items()}
-            for name in ("since", "well")
-        )
-        self.findings = [Finding(**finding) for finding in state_dict["findings"]]
+        """The inverse; a state that cannot be read is left alone with a warning: the run is to go on without it."""
+        try:
+            if state_dict.get("format") != _FORMAT:
+                raise ValueError(f"format {state_dict.get('format')} instead of {_FORMAT}")
+            tracks = tracks_from(state_dict["tracks"])
+            since, well = (
+                {gate: (noticed, turned) for gate, (noticed, turned) in state_dict[name].items()}
+                for name in ("since", "well")
+            )
+            findings = [Finding(**finding) for finding in state_dict["findings"]]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            rank_zero_warn(
+                "the checkpoint's stability monitor is of another version; it starts afresh, without earlier findings "
+                f"({type(error).__name__}: {error})"
+            )
+            return
+        self._tracks, self._since, self._well, self.findings = tracks, since, well, findings

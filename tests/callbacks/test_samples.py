@@ -44,6 +44,16 @@ def test_the_first_the_last_and_every_so_many_rollouts_are_written_down(tmp_path
         assert line["advantage"] == pytest.approx(float(rows.advantages[i, 0]), abs=1e-6)
 
 
+def test_rows_of_another_version_are_left_out_of_the_table():
+    row = {"rollout": 0, "prompt": "a", "completion": "b", "reward": 1.0, "rewards": {"even": 1.0}}
+    row |= {"advantage": 0.5, "tokens": 1, "finish": "stop"}
+    samples = Samples("samples.jsonl")
+    samples.load_state_dict({"table": [row, {"rollout": 0, "prompt": "a", "completion": "b"}]})
+    assert samples.state_dict() == {"table": [row]}
+    samples.load_state_dict({})
+    assert samples.state_dict() == {"table": []}
+
+
 def test_a_resumed_run_goes_on_with_the_file(tmp_path):
     for _ in range(2):
         fit_of(GRPO, SIZES, 1, callbacks=[Samples(tmp_path / "samples.jsonl")])

@@ -282,6 +282,24 @@ def test_a_resumed_monitor_goes_on_where_it_was(bad):
     assert len(whole.findings) == 1
 
 
+OLDER = {  # a state of before it had a format
+    "tracks": {"stability/approx_kl": [[0.01] * 5, [0.01] * 10, 0.01, 20]},
+    "since": {"kl": 18},
+    "findings": [{"gate": "kl", "since": 18, "says": "it moves", "advice": "lower algo.lr", "until": None}],
+}
+
+
+@pytest.mark.parametrize("state", [OLDER, {}, {"format": 2, "tracks": {}}, {**OLDER, "format": 2, "well": {}}])
+def test_a_state_that_it_cannot_read_does_not_keep_a_run_from_going_on(state):
+    monitor = StabilityMonitor()
+    with pytest.warns(UserWarning, match="the checkpoint's stability monitor is of another version; it") as warned:
+        monitor.load_state_dict(state)
+    assert len(warned) == 1
+    assert watch(monitor, range(25, 60)).findings == []
+    bad = watch(monitor, range(60, 80), lambda n: {"stability/approx_kl": 0.1})
+    assert [finding.gate for finding in bad.findings] == ["kl"]
+
+
 def test_the_bounds_are_those_that_are_written_down():
     assert (Healthy().approx_kl, Healthy().clip_fraction) == (0.05, 0.3)
 
