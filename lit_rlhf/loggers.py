@@ -66,6 +66,9 @@ def wandb_logger(
         log_model: True: what the run exports at its end, `model/` and `adapter/`, becomes a W&B artifact; `"all"`:
             every checkpoint, too, when it is written.
         **kwargs: passed to `lightning.pytorch.loggers.WandbLogger`.
+
+    Raises:
+        InputError: `log_model` is something else.
     """
     check_log_model(log_model)
     os.environ.setdefault("WANDB_SILENT", "true")

@@ -19,6 +19,7 @@ from lit_rlhf.models.scoring import Scores
 from lit_rlhf.types import Rollout
 
 EXPORTING = ("", "functional", "metrics", "rewards", "data", "types", "registry", "rollouts.engines")
+ALONE = ("compare", "loggers", "strategies", "workspace", "monitoring.healthy", "monitoring.run_folder")  # modules
 WHOLE = ("models", "callbacks")  # packages that export nothing: every public name of their modules
 SHAPE = r"`\[[^\]`\"]+\]`|\[[\d.]*[NTVBGHKF](, [\dNTVBGHKF]+)*\]|\b[Ss]calars?\b|any shape|\b[Ss]hapes"
 SOURCE = r"arXiv \d{4}\.\d{4,5}|\d{4}\.\d{4,5}|\b(19|20)\d\d\b"
@@ -36,7 +37,7 @@ def exported(name):
 
 def public():
     """Every public class and function, by where it stands."""
-    found = [thing for package in EXPORTING for thing in exported(package).values()]
+    found = [thing for package in EXPORTING + ALONE for thing in exported(package).values()]
     for package in WHOLE:
         for info in pkgutil.iter_modules(importlib.import_module(f"lit_rlhf.{package}").__path__):
             module = importlib.import_module(f"lit_rlhf.{package}.{info.name}")

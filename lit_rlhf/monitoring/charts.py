@@ -14,7 +14,13 @@ MOST_POINTS = 300  # of a line; more are averaged
 
 @dataclass(frozen=True)
 class Line:
-    """One curve."""
+    """One curve.
+
+    Args:
+        name: in the legend.
+        x: of its points, rising.
+        y: as many.
+    """
 
     name: str
     x: Sequence[float]
