@@ -9,6 +9,7 @@ from lit_rlhf.algorithms.dpo import DPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.importance_sampling import ImportanceSampling
 from lit_rlhf.algorithms.ppo import PPO
+from lit_rlhf.algorithms.rloo import RLOO
 from lit_rlhf.algorithms.sft import SFT
 from lit_rlhf.callbacks.stability_monitor import StabilityMonitor
 from lit_rlhf.data.modules import RowsDataModule
@@ -37,6 +38,27 @@ def long_is_good(completion_ids, **kwargs):
 
 def always_the_same(completion_ids, **kwargs):
     return [1.0 for _ in completion_ids]
+
+
+def thousands(completion_ids, **kwargs):
+    return [1000.0 * (ids[0] % 2) for ids in completion_ids]
+
+
+class Changing:
+    """Two rewards, the second from a rollout on: a verifier that is exchanged in the middle of a run."""
+
+    __name__ = "changing"
+
+    def __init__(self, first, second, rollouts):
+        self.first, self.second, self.rollouts, self.calls = first, second, rollouts, 0
+
+    def __call__(self, completion_ids, **kwargs):
+        self.calls += 1
+        return (self.first if self.calls <= self.rollouts else self.second)(completion_ids)
+
+
+def odd(completion_ids, **kwargs):
+    return [1 - reward for reward in even(completion_ids)]
 
 
 class Noise:
@@ -127,6 +149,10 @@ FAILING = {  # what fails -> algorithm, arguments, rollouts or passes, other arg
     "entropy": (GRPO, {"lr": 10 * LR, "reward_funcs": [fives], "minibatches": 1}, 30, {}),
     "pays for length": (DAPO, {"lr": 1e-2, "reward_funcs": [long_is_good], "max_rounds": 1}, 22, {}),
     "one reward for all": (GRPO, {"reward_funcs": [always_the_same]}, 20, {}),
+    "the reward turns around": (GRPO, {"lr": 2 * LR, "reward_funcs": [Changing(even, odd, 15)]}, 30, {}),
+    "rewards in thousands": (RLOO, {"reward_funcs": [thousands]}, 18, {}),
+    "rewards grow to thousands": (RLOO, {"reward_funcs": [Changing(odd, thousands, 8)]}, 24, {}),
+    "next to no clip range": (GRPO, {"clip_ratio_low": 1e-3, "clip_ratio_high": 1e-3, "minibatches": 8}, 20, {}),
     "cut off": (GRPO, {"sampling": SamplingConfig(max_new_tokens=3)}, 20, {}),
     "shouting value head": (Shouting, ONCE, 20, {}),
     "biased value head": (Biased, ONCE, 20, {}),
