@@ -7,12 +7,12 @@ Each folder is a run's, or one that holds runs' folders, as a sweep's does. A ta
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.failing import fail
 from lit_rlhf.monitoring.comparison import Group, grouped, markdown, runs_in, text, write_csv
 from lit_rlhf.monitoring.comparison_figure import draw
 
@@ -33,7 +33,7 @@ def compare(folders: Sequence[str | Path], target: str | Path) -> Comparison:
     """Print the table, and write it and the figure into the folder `target`.
 
     Raises:
-        InputError: there is no run in one of the folders.
+        InputError: there is no run in one of the folders, or a file of one cannot be used.
     """
     groups, target = grouped(runs_in(folders)), Path(target)
     figure: str | None = "comparison.png"
@@ -64,8 +64,9 @@ def main() -> None:
             target.mkdir(parents=True, exist_ok=True)
         compare(given.folder, target)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or target} cannot be used ({error.strerror or error}); --out says where to write")
     print(target)
 
 

@@ -89,7 +89,7 @@ def prepare_arguments(arguments: Sequence[str], primary: Mapping[str, Any]) -> l
             prepared += _WITHOUT[key]
             continue
         if key in groups:
-            _check_choices(key, value.split(","), groups[key], sweep)
+            _check_choices(key, value, groups[key], sweep)
         if key.lstrip("+") in _PATHS and not sweep:
             _check_home(key, value)
             argument = f"{key}={quoted(value)}"
@@ -157,7 +157,11 @@ def _check_home(key: str, path: str) -> None:
         raise InputError(f"{key}={path}: there is no user of that name") from None
 
 
-def _check_choices(group: str, choices: Sequence[str], known: Sequence[str], sweep: bool) -> None:
+def _check_choices(group: str, value: str, known: Sequence[str], sweep: bool) -> None:
+    if sweep and re.match(r"\s*(glob|shuffle|sort|tag)\(", value):  # Hydra's own ways to write several
+        return
+    listed = re.fullmatch(r"\s*choice\((.*)\)\s*", value)
+    choices = [choice.strip() for choice in (listed[1] if listed else value).split(",")]
     for choice in choices:
         if choice not in known:
             raise InputError(f"unknown choice {group}={choice}{nearest(choice, known)}")

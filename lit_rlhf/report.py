@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.failing import fail
 from lit_rlhf.monitoring.page import write_report
 
 
@@ -17,8 +17,9 @@ def main() -> None:
         for folder in parser.parse_args().folder:
             print(write_report(folder))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or 'the report'} cannot be used ({error.strerror or error})")
 
 
 if __name__ == "__main__":

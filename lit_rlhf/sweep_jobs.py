@@ -23,12 +23,17 @@ _LONGEST = 150  # characters of a folder's name; most file systems take 255
 
 
 def named(arguments: Sequence[str]) -> list[str]:
-    """What to add to the arguments of a sweep for folders named `algo=grpo,seed=1`, unless the user names them."""
+    """What to add to the arguments of a sweep for folders named `algo=grpo,seed=1`, unless the user names them.
+
+    They are named after what is swept, and where nothing is, after all that is given.
+    """
     if not {"-m", "--multirun"} & {*arguments} or any(a.startswith("hydra.sweep.subdir=") for a in arguments):
         return []
     parser = OverridesParser.create()
     overrides = [parser.parse_override(a) for a in arguments if "=" in a and not a.startswith("-")]
-    swept = [f"'{override.key_or_group}'" for override in overrides if override.is_sweep_override()]
+    ours = [o for o in overrides if not re.match(r"hydra\b|ckpt_path$", o.key_or_group)]  # ckpt_path=last goes on
+    named_after = [o for o in ours if o.is_sweep_override()] or ours
+    swept = [f"'{override.key_or_group}'" for override in named_after]
     return [f"hydra.sweep.subdir=${{job_name:{','.join(swept)}}}"] if swept else []
 
 
@@ -90,10 +95,16 @@ def begin() -> None:
 
 
 def note_failure(says: str) -> None:
-    """Leave word in the run's folder of why it has no end, for whoever compares runs."""
+    """Leave word in the run's folder of why it has no end, and of what it was, for whoever compares runs."""
     if _compared():
+        own = HydraConfig.get()
+        folder = Path(own.runtime.output_dir)
         with suppress(OSError):
-            Path(HydraConfig.get().runtime.output_dir, FAILED).write_text(says + "\n", encoding="utf-8")
+            (folder / FAILED).write_text(says + "\n", encoding="utf-8")
+            overrides = folder / "config" / "overrides.yaml"
+            if not overrides.exists():  # it came to its end before it has written them itself
+                overrides.parent.mkdir(exist_ok=True)
+                overrides.write_text(OmegaConf.to_yaml(own.overrides.task), encoding="utf-8")
 
 
 def _is_flag(argument: str) -> bool:

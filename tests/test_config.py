@@ -354,6 +354,7 @@ def test_values_arrive_as_they_were_given():
     [
         ("algo=dapoo", "unknown choice algo=dapoo; did you mean 'dapo'?"),
         ("algo=xyzxyz", "unknown choice algo=xyzxyz; known: " + ", ".join(ALGORITHMS)),
+        ("algo=choice(grpo,dappo)", "unknown choice algo=dappo; did you mean 'dapo'?"),
         ("algo=grpo,dappo", "unknown choice algo=dappo; did you mean 'dapo'?"),
         (
             "experiment=signal/enhanced_pp",

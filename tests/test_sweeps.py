@@ -14,15 +14,20 @@ from lit_rlhf import sweep_jobs
 from lit_rlhf.compare import compare, main
 from lit_rlhf.errors import InputError
 from lit_rlhf.monitoring.comparison import FAILED, LAST, grouped, runs_in
+from lit_rlhf.monitoring.run_folder import ENDED, SECONDS
 from tests.monitoring.test_report import FINDING, leave_run
 from tests.runs import QUIET, fork, metrics_of, new_process
 
 
-def leave(folder, *overrides, held_out=(0.25, 0.75), measure="val/accuracy_sampled", rewards=(0.5,), findings=()):
+def leave(
+    folder, *overrides, held_out=(0.25, 0.75), measure="val/accuracy_sampled", rewards=(0.5,), findings=(), ended=True
+):
     """A run's folder, as far as a comparison reads it."""
     (folder / "config").mkdir(parents=True)
     (folder / "config" / "overrides.yaml").write_text("".join(f"- {one}\n" for one in overrides))
-    (folder / "config" / "config.yaml").write_text("algo: {_target_: lit_rlhf.GRPO}\nseed: 5\n")
+    (folder / "config" / "config.yaml").write_text(
+        "algo: {_target_: lit_rlhf.GRPO}\nseed: 5\ntrainer: {max_epochs: 200}\n"
+    )
     with (folder / "metrics.csv").open("w", newline="") as file:
         rows = csv.DictWriter(file, ["step", "rollout/iteration", "reward/reward_mean", measure])
         rows.writeheader()
@@ -31,7 +36,7 @@ def leave(folder, *overrides, held_out=(0.25, 0.75), measure="val/accuracy_sampl
             rows.writerow({"step": 4 * n + 3, "rollout/iteration": n + 1, "reward/reward_mean": reward})
         rows.writerow({"step": 4 * len(rewards), measure: held_out[1]})
     (folder / "findings.json").write_text(json.dumps([{**FINDING, "gate": gate} for gate in findings]))
-    (folder / "environment.json").write_text(json.dumps({"seconds of training": 12.0}))
+    (folder / "environment.json").write_text(json.dumps({SECONDS: 12.0, ENDED: ended}))
     return folder
 
 
@@ -105,6 +110,32 @@ def test_a_failed_run_is_named_and_not_counted(tmp_path, capsys):
     assert "failed: three: there is no model" in out
 
 
+def test_a_run_that_did_not_come_to_its_end_is_named_and_not_counted(tmp_path, capsys):
+    leave(tmp_path / "one", "algo=grpo", "seed=1", held_out=(0.5, 0.8))
+    leave(tmp_path / "two", "algo=grpo", "seed=2", held_out=(0.5, 0.1), rewards=[0.0] * 13, ended=False)
+    assert compare([tmp_path], tmp_path).failed == []
+    out = capsys.readouterr().out
+    assert re.search(r"grpo +1 of 2 +sampled accuracy +0.500 +0.800 +0.500", out)
+    assert "unfinished: two: at rollout 13 of 200" in out
+    assert "unfinished: two: at rollout 13 of 200" in (tmp_path / "comparison.md").read_text()
+    with (tmp_path / "comparison.csv").open() as file:
+        assert [row["unfinished"] for row in csv.DictReader(file)] == ["", "at rollout 13 of 200"]
+
+
+def test_what_compare_cannot_use_is_one_sentence(tmp_path, capsys, monkeypatch):
+    run = str(leave_run(tmp_path / "run"))
+    (tmp_path / "file").write_text("")
+    for arguments, said in (
+        ([run, "--out", f"{tmp_path}/file"], f"{tmp_path}/file cannot be used (File exists); --out says where"),
+        ([run, "--out", f"{tmp_path}/file/below"], f"{tmp_path}/file/below cannot be used (Not a directory)"),
+        ([f"{tmp_path}/file"], f"{tmp_path}/file is a file; give the folder of the run that it lies in"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
 def test_without_matplotlib_it_says_what_brings_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     compare([leave(tmp_path / "run", "algo=grpo")], tmp_path)
@@ -134,7 +165,8 @@ def test_earlier_runs_are_compared_by_a_command_of_its_own(tmp_path, capsys, mon
         (["-m", "++algo.lr=1e-4,1e-3"], "'algo.lr'"),
         (["--multirun", "++algo.betas=[0.9,0.99],[0.9,0.95]"], "'algo.betas'"),
         (["seed=1"], None),
-        (["-m", "seed=1"], None),
+        (["-m", "algo=grpo", "++algo.lr=1e-4", "ckpt_path=last", "hydra.sweep.dir=s"], "'algo','algo.lr'"),
+        (["-m", "hydra.sweep.dir=s"], None),
         (["-m", "seed=1,2", "hydra.sweep.subdir=mine"], None),
     ],
 )
@@ -179,6 +211,20 @@ def test_every_run_is_a_command_of_its_own_in_a_folder_of_its_own(tmp_path, runs
     assert re.search(r"rloo algo.lr=0.001 +1 +sampled accuracy +0.250 +0.750", ended.out)
 
 
+def test_one_run_with_m_is_named_after_what_is_given(tmp_path, runs):
+    assert fork("-m", "algo=grpo", "seed=1", "hydra.sweep.dir=s", cwd=tmp_path).code == 0
+    ((_, environment),) = commands(tmp_path)
+    assert environment == {"WANDB_RUN_GROUP": "s", "WANDB_NAME": "algo=grpo,seed=1"}
+    assert (tmp_path / "s" / "algo=grpo,seed=1" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("swept", ["choice(grpo,rloo)", "choice( grpo, rloo )", "sort(rloo,grpo)"])
+def test_hydras_own_way_to_write_several(tmp_path, runs, swept):
+    ended = fork("-m", f"algo={swept}", "hydra.sweep.dir=s", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert [given[1] for given, _ in commands(tmp_path)] == ["algo=grpo", "algo=rloo"]
+
+
 def test_names_that_no_file_may_have(tmp_path, runs):
     paths = "model.path=/some/where/a,/some/where/b"
     assert fork("-m", paths, "hydra.sweep.dir=s", cwd=tmp_path).code == 0
@@ -194,15 +240,21 @@ def test_a_mistake_in_any_of_the_runs_is_told_before_the_first(tmp_path, runs):
     assert not (tmp_path / "commands").exists()
 
 
+def test_a_choice_that_only_hydra_reads_is_told_before_the_first_too(tmp_path, runs):
+    sentence = fork("-m", "algo=sort(sft,zzz)", "hydra.sweep.dir=s", cwd=tmp_path).sentence()
+    assert sentence == "in the run algo=zzz: In 'train': Could not find 'algo/zzz'"
+    assert not (tmp_path / "commands").exists()
+
+
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, runs):
     runs.update({"seed=1": 1, "seed=2": AT_ONCE, "seed=3": -signal.SIGKILL})
-    ended = fork("-m", "algo=grpo", "seed=1,2,3,4", "hydra.sweep.dir=s", cwd=tmp_path)
+    ended = fork("-m", "algo=grpo", "debug=tiny", "seed=1,2,3,4", "hydra.sweep.dir=s", cwd=tmp_path)
     assert ended.code == 1
     assert len(commands(tmp_path)) == 4
     assert "failed: seed=1: ended with exit code 1" in ended.out
     assert "failed: seed=2: ended with exit code 2" in ended.out
     assert "failed: seed=3: ended by SIGKILL" in ended.out
-    assert re.search(r"grpo +1 of 3 +sampled accuracy", ended.out)
+    assert re.search(r"^grpo +1 of 4 +sampled accuracy", ended.out, re.M), "seed=2 has written no config/"
 
 
 def test_a_first_run_that_cannot_begin_ends_the_sweep(tmp_path, runs):

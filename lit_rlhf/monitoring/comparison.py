@@ -10,12 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 
-import yaml
-
 from lit_rlhf.errors import InputError
 from lit_rlhf.monitoring.charts import short
 from lit_rlhf.monitoring.measures import MEASURES, aligned
-from lit_rlhf.monitoring.run_folder import RunFolder
+from lit_rlhf.monitoring.run_folder import ENDED, SECONDS, RunFolder, overrides_in, text_of
 
 FAILED = "failed.txt"  # in the folder of a run: why it has no end
 LAST = 10  # rollouts that what varies from one to the next is averaged over
@@ -34,15 +32,29 @@ class Run:
     @classmethod
     def of(cls, folder: Path) -> Run:
         """What lies in a folder."""
-        reason, given = folder / FAILED, folder / "config" / "overrides.yaml"
-        listed = (yaml.safe_load(given.read_text(encoding="utf-8")) if given.is_file() else None) or []
-        pairs = [str(override).lstrip("+").partition("=") for override in listed]
+        pairs = [override.lstrip("+").partition("=") for override in overrides_in(folder)]
         return cls(
             folder,
             {key: value for key, _, value in pairs},
-            reason.read_text(encoding="utf-8").strip() if reason.is_file() else None,
+            text_of(folder / FAILED).strip() if (folder / FAILED).is_file() else None,
             RunFolder.read(folder) if (folder / "metrics.csv").is_file() else None,
         )
+
+    @cached_property
+    def unfinished(self) -> str | None:
+        """How far a run has come that was stopped or killed, or goes on; None of one that has failed or is whole."""
+        if self.failed is not None or self.read is None or self.read.about.get(ENDED, True):
+            return None
+        given = self.read.config.get("trainer")
+        limits = given if isinstance(given, dict) else {}
+        reached = max((row.get("rollout/iteration", 0) for row in self.read.rows), default=0)
+        name, last = "rollout" if self.read.line("reward/reward_mean") else "pass", limits.get("max_epochs")
+        return f"at {name} {reached:.0f}" + (f" of {last}" if isinstance(last, int) and last > 0 else "")
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has come to its end."""
+        return self.failed is None and self.unfinished is None
 
     @cached_property
     def measure(self) -> str | None:
@@ -63,7 +75,7 @@ class Run:
         for column, metric in LATEST.items():
             if (line := self.read.line(metric)) is not None:
                 found[column] = mean(line.y[-LAST:])
-        if (seconds := self.read.about.get("seconds of training")) is not None:
+        if (seconds := self.read.about.get(SECONDS)) is not None:
             found["seconds"] = float(seconds)
         return found
 
@@ -85,8 +97,8 @@ class Group:
 
     @property
     def whole(self) -> list[Run]:
-        """Those that have not failed."""
-        return [run for run in self.runs if run.failed is None]
+        """Those that have come to their end."""
+        return [run for run in self.runs if run.whole]
 
     @property
     def measure(self) -> str | None:
@@ -117,10 +129,12 @@ def runs_in(folders: Sequence[str | Path]) -> list[Run]:
     """The runs in these folders, each a run's or one that holds runs' folders, in the order they were begun.
 
     Raises:
-        InputError: there is none in one of them.
+        InputError: there is none in one of them, or a file of one cannot be used.
     """
     found: dict[Path, None] = {}
     for folder in map(Path, folders):
+        if folder.is_file():
+            raise InputError(f"{folder} is a file; give the folder of the run that it lies in")
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}")
         inside = _run_folders(folder)
@@ -154,8 +168,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def _algorithm(run: Run) -> str:
-    target = str(run.read.config.get("algo", {}).get("_target_", "")) if run.read else ""
-    return run.overrides.get("algo") or target.rpartition(".")[2] or run.folder.name
+    return run.overrides.get("algo") or (run.read.algorithm if run.read else "") or run.folder.name
 
 
 def rows(groups: Sequence[Group]) -> list[list[str]]:
@@ -177,16 +190,16 @@ def rows(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def text(groups: Sequence[Group]) -> str:
-    """The table for a terminal, and under it the runs that failed."""
+    """The table for a terminal, and under it the runs that are not in it."""
     table = rows(groups)
-    return "\n".join([aligned(table, left=(0, 2, len(table[0]) - 1)), *_failures(groups)])
+    return "\n".join([aligned(table, left=(0, 2, len(table[0]) - 1)), *_left_out(groups)])
 
 
 def markdown(groups: Sequence[Group], figure: str | None) -> str:
     """The same as a page, with the figure where there is one."""
     head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows(groups))
     lines = [head, ["---"] * len(head), *body]
-    parts = ["\n".join(f"| {' | '.join(line)} |" for line in lines), *_failures(groups), CAPTION]
+    parts = ["\n".join(f"| {' | '.join(line)} |" for line in lines), *_left_out(groups), CAPTION]
     return "\n\n".join([*parts, *([f"![Curves of the runs]({figure})"] if figure else [])]) + "\n"
 
 
@@ -196,13 +209,16 @@ CAPTION = (
 )
 
 
-def _failures(groups: Sequence[Group]) -> list[str]:
-    return [f"failed: {run.folder.name}: {run.failed}" for group in groups for run in group.runs if run.failed]
+def _left_out(groups: Sequence[Group]) -> list[str]:
+    """A line for each run that is in none of the table's numbers."""
+    told = [("failed", run, run.failed) for group in groups for run in group.runs]
+    told += [("unfinished", run, run.unfinished) for group in groups for run in group.runs]
+    return [f"{what}: {run.folder.name}: {why}" for what, run, why in told if why]
 
 
 def write_csv(groups: Sequence[Group], file: Path) -> None:
     """A line per run, for whoever wants other statistics."""
-    head = ["group", "seed", "folder", "measure", *COLUMNS, "findings", "failed"]
+    head = ["group", "seed", "folder", "measure", *COLUMNS, "findings", "failed", "unfinished"]
     with file.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines)
         writer.writerow(head)
@@ -212,4 +228,6 @@ def write_csv(groups: Sequence[Group], file: Path) -> None:
                 numbers = [short(n) if (n := run.numbers.get(c)) is not None else "" for c in COLUMNS]
                 seed = run.overrides.get("seed") or (run.read.config.get("seed", "") if run.read else "")
                 first = [group.name, seed, run.folder.name, run.measure or ""]
-                writer.writerow([*first, *numbers, "; ".join(dict.fromkeys(gates)), run.failed or ""])
+                writer.writerow(
+                    [*first, *numbers, "; ".join(dict.fromkeys(gates)), run.failed or "", run.unfinished or ""]
+                )

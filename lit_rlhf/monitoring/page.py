@@ -50,7 +50,7 @@ def write_report(folder: str | Path) -> Path:
         The page.
 
     Raises:
-        InputError: it is no run's folder.
+        InputError: it is no run's folder, or a file in it cannot be used.
     """
     run = RunFolder.read(folder)
     file = run.path / "report.html"
@@ -62,7 +62,7 @@ def write_report(folder: str | Path) -> Path:
 
 def page(run: RunFolder) -> str:
     """The page of a run."""
-    algorithm = str(run.config.get("algo", {}).get("_target_", "")).rsplit(".", 1)[-1] or "A run"
+    algorithm = run.algorithm or "A run"
     title = f"{algorithm} · {run.path.name}"
     sections = [
         f"<h1>{_e(algorithm)}</h1>",
@@ -112,7 +112,7 @@ def _findings(run: RunFolder) -> Iterable[str]:
     if not run.findings:
         yield '<div class="well">The stability monitor found nothing wrong.</div>'
     for found in run.findings:
-        until = "" if found["until"] is None else f" until {found['until']}"
+        until = "" if found.get("until") is None else f" until {found['until']}"
         since = f"since {found.get('unit', 'rollout')} {found['since']}{until}"
         what = f"<b>{_e(found['gate'])}</b>, {since}: {_e(found['says'])}."
         yield f'<div class="finding">{what}<br>Try: {_e(found["advice"])}.</div>'

@@ -6,8 +6,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import yaml
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.monitoring.charts import Line
+
+SECONDS, ENDED = "seconds of training", "training ended"  # in environment.json
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RunFolder:
         """Read a folder; the parts of a run that was continued in it come one after the other.
 
         Raises:
-            InputError: there is no run.
+            InputError: there is no run, or a file of it holds something else than a run writes there.
         """
         folder = Path(path)
         if not (folder / "metrics.csv").is_file():
@@ -47,12 +48,18 @@ class RunFolder:
         return cls(
             folder,
             _without_repeats([row for file in parts for row in _rows(file)], "rollout/iteration"),
-            _without_repeats([*_json_lines(folder / "samples.jsonl")], "rollout", several=True),
-            _json(folder / "findings.json", None),
-            yaml.safe_load(_text(folder / "config" / "config.yaml")) or {},
-            yaml.safe_load(_text(folder / "config" / "overrides.yaml")) or [],
-            _json(folder / "environment.json", {}),
+            _without_repeats([*_samples(folder / "samples.jsonl")], "rollout", several=True),
+            _findings(folder / "findings.json"),
+            _yaml(folder / "config" / "config.yaml", dict) or {},
+            overrides_in(folder),
+            environment_in(folder),
         )
+
+    @property
+    def algorithm(self) -> str:
+        """The class that was trained; empty where that is not known."""
+        algo = self.config.get("algo")
+        return str(algo.get("_target_", "")).rpartition(".")[2] if isinstance(algo, dict) else ""
 
     def line(self, metric: str, name: str | None = None, by: str = "rollout/iteration") -> Line | None:
         """The curve of a metric by rollout (or pass), validations at the rollout before them; None without a point.
@@ -71,11 +78,43 @@ class RunFolder:
         return Line(name or metric, x, y) if y else None
 
 
+def overrides_in(folder: Path) -> list[str]:
+    """What the command line of the run in this folder gave.
+
+    Raises:
+        InputError: its file holds something else.
+    """
+    return [str(one) for one in _yaml(folder / "config" / "overrides.yaml", list) or []]
+
+
+def environment_in(folder: Path) -> dict[str, Any]:
+    """What `callbacks.report` has noted of the run in this folder: versions, machine, how long it took.
+
+    Raises:
+        InputError: its file holds something else.
+    """
+    file = folder / "environment.json"
+    about = _json(file)
+    if about is None:
+        return {}
+    if not isinstance(about, dict):
+        raise InputError(f"{file}: is no object of names and values")
+    if not _has({SECONDS: 0, **about}, {SECONDS: _NUMBER}):
+        raise InputError(f"{file}: {SECONDS!r} must be a number, got {about[SECONDS]!r}")
+    return about
+
+
 def _rows(file: Path) -> Iterator[dict[str, float]]:
-    with file.open(newline="") as lines:
-        for row in csv.DictReader(lines):
-            if None not in row.values():  # a kill has cut it off
-                yield {name: number for name, text in row.items() if (number := _number(text)) is not None}
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            reader = csv.DictReader(lines)
+            for row in reader:
+                if None in row:
+                    raise InputError(f"{file}: line {reader.line_num} has more cells than the first line has names")
+                if None not in row.values():  # a kill has cut it off
+                    yield {name: number for name, text in row.items() if (number := _number(text)) is not None}
+    except (csv.Error, UnicodeDecodeError):
+        raise InputError(f"{file}: is no table of metrics as a run writes it") from None
 
 
 def _number(text: str) -> float | None:
@@ -107,18 +146,58 @@ def _without_repeats(entries: list[dict[str, Any]], key: str, several: bool = Fa
     return kept
 
 
-def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+_Kinds = Mapping[str, type | tuple[type, ...]]
+_NUMBER = (int, float)
+_SAMPLE: _Kinds = {
+    **{"rollout": int, "prompt": str, "completion": str},
+    **{"reward": (*_NUMBER, type(None)), "tokens": int, "finish": str},
+}
+_FINDING: _Kinds = {"gate": str, "since": _NUMBER, "says": str, "advice": str}
+
+
+def _samples(file: Path) -> Iterator[dict[str, Any]]:
     """The lines that can be read: a kill may cut one off."""
-    for line in _text(file).splitlines():
-        with suppress(json.JSONDecodeError):
-            yield json.loads(line)
+    for number, line in enumerate(text_of(file).splitlines(), 1):
+        try:
+            sample = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not _has(sample, _SAMPLE):
+            raise InputError(f"{file}: line {number} is no sample, an object of {', '.join(_SAMPLE)}")
+        yield sample
 
 
-def _json(file: Path, missing: Any) -> Any:
-    with suppress(json.JSONDecodeError):
-        return json.loads(_text(file))
-    return missing
+def _findings(file: Path) -> list[dict[str, Any]] | None:
+    found = _json(file)
+    if found is not None and not (isinstance(found, list) and all(_has(one, _FINDING) for one in found)):
+        raise InputError(f"{file}: is no list of findings, objects of {', '.join(_FINDING)}")
+    return found
 
 
-def _text(file: Path) -> str:
+def _has(entry: Any, kinds: _Kinds) -> bool:
+    """Whether it is an object that has these keys, with values of these kinds."""
+    return isinstance(entry, dict) and all(isinstance(entry.get(key, ...), kind) for key, kind in kinds.items())
+
+
+def _json(file: Path) -> Any:
+    """What the file holds; None where there is none, or it is empty."""
+    text = text_of(file)
+    try:
+        return json.loads(text) if text.strip() else None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: is no JSON ({error})") from None
+
+
+def _yaml(file: Path, kind: type) -> Any:
+    try:
+        content = yaml.safe_load(text_of(file))
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: is no YAML ({' '.join(str(error).split())})") from None
+    if content is not None and not isinstance(content, kind):
+        raise InputError(f"{file}: holds no {'mapping' if kind is dict else 'list'}")
+    return content
+
+
+def text_of(file: Path) -> str:
+    """What the file says; nothing where there is none."""
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""

@@ -6,14 +6,23 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+from lightning.pytorch import Callback
 
+from lit_rlhf import compare, report
+from lit_rlhf.algorithms.grpo import GRPO
+from lit_rlhf.callbacks.checkpoint import RolloutCheckpoint
+from lit_rlhf.callbacks.report import Report
 from lit_rlhf.errors import InputError
 from lit_rlhf.monitoring.charts import HEIGHT, Chart, Line, thinned, ticks, y_range
 from lit_rlhf.monitoring.page import CURVES, write_report
-from lit_rlhf.monitoring.run_folder import RunFolder
+from lit_rlhf.monitoring.run_folder import ENDED, SECONDS, RunFolder
+from lit_rlhf.types import SamplingConfig
+from tests.algorithms.resuming import fit_of
 from tests.runs import fork
 
 EVIL = '<script>document.title = "ran"</script>&"quoted"'
@@ -105,6 +114,88 @@ def test_a_run_without_a_monitor_is_not_called_sound(tmp_path):
 def test_no_run_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"is no run's folder: it has no metrics.csv"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("findings.json", "[1, 2]", "is no list of findings"),
+        ("findings.json", "{}", "is no list of findings"),
+        ("findings.json", '[{"since": 1}]', "is no list of findings, objects of gate, since, says, advice"),
+        ("findings.json", "[", "is no JSON"),
+        ("environment.json", "[]", "is no object of names and values"),
+        ("environment.json", '{"seconds of training": "x"}', "'seconds of training' must be a number, got 'x'"),
+        ("samples.jsonl", "[1]", "line 1 is no sample"),
+        ("samples.jsonl", SAMPLE, "line 1 is no sample, an object of rollout"),
+        ("config/config.yaml", "a: [", "is no YAML"),
+        ("config/config.yaml", "- a", "holds no mapping"),
+        ("config/overrides.yaml", "a: 1", "holds no list"),
+        ("metrics.csv", "step,loss\n1,2,3\n", "line 2 has more cells than the first line has names"),
+        ("metrics.csv", b"\x89PNG\xff\x00\n\x00", "is no table of metrics"),
+    ],
+)
+@pytest.mark.parametrize("command", [report, compare])
+def test_a_damaged_or_foreign_file_is_one_sentence(tmp_path, capsys, monkeypatch, command, name, content, said):
+    file = leave_run(tmp_path / "run") / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr(sys, "argv", ["command", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"error: {file}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("findings.json", json.dumps([{key: FINDING[key] for key in ("gate", "since", "says", "advice")}])),
+        ("config/config.yaml", "algo: null"),
+        ("config/overrides.yaml", ""),
+        ("environment.json", ""),
+    ],
+)
+def test_what_is_not_there_is_done_without(tmp_path, name, content):
+    folder = leave_run(tmp_path / "run")
+    (folder / "config" / "overrides.yaml").unlink()
+    (folder / name).write_text(content)
+    assert write_report(folder).exists()
+    compare.compare([folder], folder)
+
+
+def fit(folder, *callbacks, ckpt_path=None, rollouts=2):
+    """Train for a moment."""
+    settings = {"group_size": 2, "prompts_per_rollout": 4, "sampling": SamplingConfig(max_new_tokens=2)}
+    return fit_of(GRPO, settings, rollouts, callbacks=[Report(folder), *callbacks], ckpt_path=ckpt_path)
+
+
+class Hours(Callback):
+    """A clock that goes on by a hundred seconds with each rollout; in one of them it breaks."""
+
+    def __init__(self, monkeypatch, breaks_in=None):
+        self.rollouts, self.breaks_in = 0, breaks_in
+        monkeypatch.setattr("lit_rlhf.callbacks.report.time", SimpleNamespace(monotonic=lambda: 100.0 * self.rollouts))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.rollouts += 1
+        if self.rollouts == self.breaks_in:
+            raise KeyError("broken")
+
+
+def test_the_seconds_of_a_run_that_is_continued_are_those_of_all_its_parts(tmp_path, monkeypatch):
+    def noted(name):
+        about = json.loads((tmp_path / name / "environment.json").read_text())
+        return about[SECONDS], about[ENDED]
+
+    keeper = RolloutCheckpoint(every_n_epochs=1, dirpath=tmp_path / "run" / "checkpoints")
+    with pytest.raises(KeyError):
+        fit(tmp_path / "run", Hours(monkeypatch, breaks_in=3), keeper, rollouts=4)
+    assert noted("run") == (300.0, False)
+    for name, seconds in (("run", 500.0), ("elsewhere", 200.0)):
+        last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+        fit(tmp_path / name, Hours(monkeypatch), ckpt_path=last, rollouts=4)
+        assert noted(name) == (seconds, True)
+    fit(tmp_path / "run", Hours(monkeypatch))
+    assert noted("run") == (200.0, True), "begun anew"
 
 
 def test_a_chart_is_drawn_to_scale():
