@@ -19,7 +19,7 @@ from lit_rlhf.durable import part_of
 from lit_rlhf.errors import check_number
 from lit_rlhf.monitoring.checks import of_rollouts
 from lit_rlhf.monitoring.gates import GATES, Gate
-from lit_rlhf.monitoring.healthy import Healthy, checked_bounds
+from lit_rlhf.monitoring.healthy import Healthy, checked_bounds, moved_bounds
 from lit_rlhf.monitoring.tracks import Track, plain, tracks_from
 
 _FORMAT = 2  # of the state in a checkpoint; another one's is left alone
@@ -48,7 +48,8 @@ class StabilityMonitor(RLHFCallback):
         patience: rollouts in a row that a gate has to find something in, unless it judges at once, and nothing until
             it is over.
         bounds: other bounds than the algorithm's, by the names of `monitoring.healthy.Healthy`.
-        file: the findings are written there as JSON, for the report.
+        file: the findings are written there as JSON, for the report; beside it, in `bounds.json`, the bounds that are
+            not those of `Healthy()`.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class StabilityMonitor(RLHFCallback):
             return
         iteration = int(values["rollout/iteration"])
         self._unit = "rollout" if of_rollouts(self._tracks) else "pass"
-        healthy = Healthy(**{**asdict(getattr(module, "healthy", Healthy())), **self.bounds})
+        healthy = self._healthy(module)
         before = [asdict(finding) for finding in self.findings]
         for gate in GATES:
             self._look(gate, healthy, iteration, trainer)
@@ -81,14 +82,15 @@ class StabilityMonitor(RLHFCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a file also where nothing is found, and what was found before a run was resumed."""
         self._write(trainer)
+        if self.file is not None and trainer.is_global_zero:
+            _save(self.file.with_name("bounds.json"), moved_bounds(self._healthy(pl_module)))
+
+    def _healthy(self, module: LightningModule) -> Healthy:
+        return Healthy(**{**asdict(getattr(module, "healthy", Healthy())), **self.bounds})
 
     def _write(self, trainer: Trainer) -> None:
-        if self.file is None or not trainer.is_global_zero:
-            return
-        temporary = part_of(self.file)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps([asdict(found) for found in self.findings], indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.file)
+        if self.file is not None and trainer.is_global_zero:
+            _save(self.file, [asdict(finding) for finding in self.findings])
 
     def _look(self, gate: Gate, healthy: Healthy, iteration: int, trainer: Trainer) -> None:
         says = gate.says(self._tracks, healthy)
@@ -145,3 +147,10 @@ class StabilityMonitor(RLHFCallback):
             )
             return
         self._tracks, self._since, self._well, self.findings = tracks, since, well, findings
+
+
+def _save(file: Path, content: Any) -> None:
+    temporary = part_of(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)

@@ -1,14 +1,15 @@
-"""What the stability monitor takes for sound.
+"""What is healthy, which the report shades, and what is no longer sound, where the stability monitor speaks.
 
-The bounds are those of the usual advice (KL below 0.05, clip fraction below 0.3, advantages of standard deviation 1)
-where there is such, and otherwise lie well outside of what sound runs of every algorithm show on the built-in task
+`BANDS` has the ranges that one wants to be in, `Healthy` the monitor's bounds, which are wider. They are those of the
+usual advice (KL below 0.05, clip fraction below 0.3, advantages of standard deviation 1) where there is such, and
+otherwise lie well outside of what sound runs of every algorithm show on the built-in task
 (`benchmarks/monitor_quiet.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lit_rlhf.errors import InputError
@@ -42,6 +43,35 @@ class Healthy:
     held_out_loss_growth: float = 1.05  # over its lowest, while the training loss falls
     held_out_accuracy_drop: float = 0.05  # from its highest, while that of training rises
     loss_growth: float = 1.1  # over what it began with, of training or held-out loss
+
+
+BANDS: Mapping[str, tuple[float, float]] = {  # metric -> lowest and highest; its bound has the name after the slash
+    "stability/approx_kl": (0.0, 0.05),
+    "stability/clip_fraction": (0.0, 0.2),
+    "stability/explained_variance": (0.5, 1.0),
+    "stability/advantage_std": (0.1, 10.0),  # 1 where advantages are normalised
+    "stability/ess": (0.5, 1.0),
+    "reward/zero_std_fraction": (0.0, 0.8),
+    "rollout/truncated_fraction": (0.0, 0.1),
+}
+
+
+def moved_bounds(healthy: Healthy) -> dict[str, Any]:
+    """The bounds that are not those of `Healthy()`, by name."""
+    usual = asdict(Healthy())
+    return {name: bound for name, bound in asdict(healthy).items() if bound != usual[name]}
+
+
+def bands(moved: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """`BANDS` of a run with these `moved_bounds`: the band of a metric whose bound was moved reaches to the bound."""
+    usual, found = asdict(Healthy()), dict(BANDS)
+    for metric, (low, high) in BANDS.items():
+        name = metric.split("/")[1]
+        if isinstance(bound := moved.get(name, usual[name]), Sequence):
+            found[metric] = (bound[0], bound[1])
+        elif name in moved:  # a bound below the band is a lower one
+            found[metric] = (bound, high) if usual[name] < low else (low, bound)
+    return found
 
 
 def checked_bounds(bounds: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,36 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from lit_rlhf.monitoring.charts import Chart, short
-from lit_rlhf.monitoring.healthy import Healthy
+from lit_rlhf.monitoring.healthy import bands
 from lit_rlhf.monitoring.run_folder import RunFolder
 
-_HEALTHY = Healthy()
-Band = tuple[float, float] | None
-CURVES: Sequence[tuple[str, Sequence[tuple[str, str]], Band]] = (  # title, (metric, name) of each line, healthy range
-    ("Held-out accuracy", (("val/accuracy_sampled", "sampled"), ("val/accuracy_greedy", "greedy")), None),
-    ("Reward of what is sampled", (("reward/reward_mean", "reward"),), None),
+CURVES: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (  # title, (metric, name) of each line
+    ("Held-out accuracy", (("val/accuracy_sampled", "sampled"), ("val/accuracy_greedy", "greedy"))),
+    ("Reward of what is sampled", (("reward/reward_mean", "reward"),)),
     (
         "Preference accuracy",
         (("preference/preference_accuracy", "training"), ("val/preference_accuracy", "held out")),
-        None,
     ),
-    ("Loss", (("loss/loss", "loss"), ("val/sft_loss", "held out")), None),
-    ("Entropy, nats", (("stability/entropy", "entropy"),), None),
-    ("KL to the policy that sampled", (("stability/approx_kl", "k3"),), (0.0, _HEALTHY.approx_kl)),
-    ("KL to the reference", (("stability/kl_divergence", "k3"),), None),
-    ("Clipped tokens", (("stability/clip_fraction", "share"),), (0.0, _HEALTHY.clip_fraction)),
-    ("Variance explained by the value function", (("stability/explained_variance", "share"),), (0.5, 1.0)),
+    ("Loss", (("loss/loss", "loss"), ("val/sft_loss", "held out"))),
+    ("Entropy, nats", (("stability/entropy", "entropy"),)),
+    ("KL to the policy that sampled", (("stability/approx_kl", "k3"),)),
+    ("KL to the reference", (("stability/kl_divergence", "k3"),)),
+    ("Clipped tokens", (("stability/clip_fraction", "share"),)),
+    ("Variance explained by the value function", (("stability/explained_variance", "share"),)),
     (
         "Completions in groups without signal",
         (("reward/zero_std_fraction", "share"),),
-        (0.0, _HEALTHY.zero_std_fraction),
     ),
-    ("Advantages' standard deviation", (("stability/advantage_std", "std"),), _HEALTHY.advantage_std),
-    ("Tokens of a completion", (("rollout/response_length", "mean"), ("rollout/response_length_max", "longest")), None),
-    ("Completions cut off", (("rollout/truncated_fraction", "share"),), (0.0, 0.1)),
-    ("Gradient's norm", (("stability/grad_norm", "norm"),), None),
-    ("Effective share of stale samples", (("stability/ess", "share"),), (0.5, 1.0)),
-    ("Tokens per second", (("perf/tokens_per_second", "sampled"),), None),
+    ("Advantages' standard deviation", (("stability/advantage_std", "std"),)),
+    ("Tokens of a completion", (("rollout/response_length", "mean"), ("rollout/response_length_max", "longest"))),
+    ("Completions cut off", (("rollout/truncated_fraction", "share"),)),
+    ("Gradient's norm", (("stability/grad_norm", "norm"),)),
+    ("Effective share of stale samples", (("stability/ess", "share"),)),
+    ("Tokens per second", (("perf/tokens_per_second", "sampled"),)),
 )
 _STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
@@ -119,12 +115,14 @@ def _findings(run: RunFolder) -> Iterable[str]:
 
 
 def _curves(run: RunFolder) -> Iterable[str]:
-    for title, metrics, band in CURVES:
+    healthy = bands(run.bounds)
+    for title, metrics in CURVES:
         lines = [line for metric, name in metrics if (line := run.line(metric, name)) is not None]
         if lines:
             values = [f'<span class="k{i}">{_e(n.name)} <b>{short(n.y[-1])}</b></span>' for i, n in enumerate(lines)]
             key = f'<div class="key">{" ".join(values)}</div>'
-            yield f'<figure class="card"><h3>{_e(title)}</h3>{Chart(title, lines, band).svg()}{key}</figure>'
+            chart = Chart(title, lines, healthy.get(metrics[0][0])).svg()
+            yield f'<figure class="card"><h3>{_e(title)}</h3>{chart}{key}</figure>'
 
 
 def _samples(run: RunFolder) -> Iterable[str]:

@@ -15,6 +15,7 @@ import yaml
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.monitoring.charts import Line
+from lit_rlhf.monitoring.healthy import checked_bounds
 
 SECONDS, ENDED = "seconds of training", "training ended"  # in environment.json
 
@@ -30,6 +31,7 @@ class RunFolder:
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)  # versions and machine
+    bounds: dict[str, Any] = field(default_factory=dict)  # of the stability monitor, where they are not the usual ones
 
     @classmethod
     def read(cls, path: str | Path) -> RunFolder:
@@ -53,6 +55,7 @@ class RunFolder:
             _yaml(folder / "config" / "config.yaml", dict) or {},
             overrides_in(folder),
             environment_in(folder),
+            _bounds(folder / "bounds.json"),
         )
 
     @property
@@ -172,6 +175,16 @@ def _findings(file: Path) -> list[dict[str, Any]] | None:
     if found is not None and not (isinstance(found, list) and all(_has(one, _FINDING) for one in found)):
         raise InputError(f"{file}: is no list of findings, objects of {', '.join(_FINDING)}")
     return found
+
+
+def _bounds(file: Path) -> dict[str, Any]:
+    moved = _json(file) or {}
+    if not isinstance(moved, dict):
+        raise InputError(f"{file}: is no object of bounds")
+    try:
+        return checked_bounds(moved)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def _has(entry: Any, kinds: _Kinds) -> bool:

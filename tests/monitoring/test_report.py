@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -15,10 +16,14 @@ from lightning.pytorch import Callback
 
 from lit_rlhf import compare, report
 from lit_rlhf.algorithms.grpo import GRPO
+from lit_rlhf.algorithms.gspo import GSPO
+from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.callbacks.checkpoint import RolloutCheckpoint
 from lit_rlhf.callbacks.report import Report
+from lit_rlhf.callbacks.stability_monitor import StabilityMonitor
 from lit_rlhf.errors import InputError
 from lit_rlhf.monitoring.charts import HEIGHT, Chart, Line, thinned, ticks, y_range
+from lit_rlhf.monitoring.healthy import BANDS, Healthy, bands, moved_bounds
 from lit_rlhf.monitoring.page import CURVES, write_report
 from lit_rlhf.monitoring.run_folder import ENDED, SECONDS, RunFolder
 from lit_rlhf.types import SamplingConfig
@@ -125,6 +130,8 @@ def test_no_run_is_one_sentence(tmp_path):
         ("findings.json", "[", "is no JSON"),
         ("environment.json", "[]", "is no object of names and values"),
         ("environment.json", '{"seconds of training": "x"}', "'seconds of training' must be a number, got 'x'"),
+        ("bounds.json", "[1]", "is no object of bounds"),
+        ("bounds.json", '{"approx_kl": "x"}', "callbacks.monitor.bounds.approx_kl must be like 0.05, got 'x'"),
         ("samples.jsonl", "[1]", "line 1 is no sample"),
         ("samples.jsonl", SAMPLE, "line 1 is no sample, an object of rollout"),
         ("config/config.yaml", "a: [", "is no YAML"),
@@ -227,7 +234,62 @@ def test_long_curves_are_averaged_and_keep_their_end():
 
 
 def test_curves_have_one_title_each():
-    assert len({title for title, _, _ in CURVES}) == len(CURVES)
+    assert len({title for title, _ in CURVES}) == len(CURVES)
+
+
+def test_bands_are_drawn_and_are_those_that_the_readme_states():
+    drawn = {metric for _, metrics in CURVES for metric, _ in metrics}
+    assert BANDS.keys() <= drawn
+    lines = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+    stated = {}
+    for metric in BANDS.keys() - {"stability/advantage_std"}:  # of which it states where it lies, and no range
+        (healthy,) = [line.strip("| ").split(" | ")[-1] for line in lines if line.startswith(f"| `{metric}`")]
+        sign, low, number = re.fullmatch(r"(?:([<>]) |([\d.]+) to )([\d.]+)", healthy).groups()
+        stated[metric] = (float(number), 1.0) if sign == ">" else (float(low or 0), float(number))
+    assert {**stated, "stability/advantage_std": Healthy().advantage_std} == BANDS
+
+
+LOWER = ("ess", "explained_variance")  # the monitor speaks below their bounds, of the others above
+
+
+@pytest.mark.parametrize(
+    "healthy",
+    [
+        Healthy(),
+        GSPO().healthy,
+        PPO().healthy,
+        Healthy(approx_kl=0.01, clip_fraction=0.1, truncated_fraction=0.05, ess=0.7, explained_variance=0.6),
+        Healthy(approx_kl=0.1, zero_std_fraction=0.5, ess=0.1, explained_variance=-2.0, advantage_std=(0.5, 2.0)),
+    ],
+    ids=["usual", "GSPO", "PPO", "narrower", "both"],
+)
+def test_no_band_reaches_beyond_the_bound_that_the_monitor_judged_by(healthy):
+    moved = json.loads(json.dumps(moved_bounds(healthy)))
+    for metric, (low, high) in bands(moved).items():
+        name = metric.split("/")[1]
+        bound = getattr(healthy, name)
+        if name == "advantage_std":
+            assert (low, high) == bound
+        else:
+            assert (low >= bound) if name in LOWER else (high <= bound), name
+            assert name not in moved or bound in (low, high), "it reaches as far as the bound"
+        assert low < high
+        assert name in moved or (low, high) == BANDS[metric]
+
+
+def test_the_bands_are_of_the_bounds_that_the_run_had(tmp_path):
+    folder = leave_run(tmp_path / "run")
+    line = RunFolder.read(folder).line("stability/approx_kl", "k3")
+    drawn = {high: Chart("KL to the policy that sampled", [line], (0.0, high)).svg() for high in (0.05, 0.015)}
+    assert drawn[0.05] in write_report(folder).read_text()
+    monitor = StabilityMonitor(bounds={"approx_kl": 0.015}, file=folder / "findings.json")
+    monitor.on_train_start(SimpleNamespace(is_global_zero=True), GSPO())
+    assert json.loads((folder / "bounds.json").read_text()) == {"approx_kl": 0.015, "clip_fraction": 0.7}
+    text = write_report(folder).read_text()
+    assert drawn[0.015] in text
+    assert drawn[0.05] not in text
+    StabilityMonitor(file=folder / "findings.json").on_train_start(SimpleNamespace(is_global_zero=True), None)
+    assert json.loads((folder / "bounds.json").read_text()) == {}
 
 
 @pytest.mark.slow
