@@ -423,7 +423,7 @@ except SystemExit as stop:
     assert ended.err == "error: ks must be from 1 to samples=8, got 9\n"
     helped = new_process("--help", cwd=tmp_path, command=("-m", "lit_rlhf.evaluate"))
     assert helped.code == 0
-    assert "samples: 8" in helped.out
+    assert "samples=8" in helped.out
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def test_the_line_is_no_word_of_hydra(monkeypatch, capsys):
 
 
 def test_defaults_and_top_level_keys_are_those_of_the_yaml_file(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     text = page(monkeypatch, capsys, train, "-h")
     assert "\nalgo=grpo, or another of\n" in text
     assert "\n  plugins=[]  " in text

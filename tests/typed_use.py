@@ -43,8 +43,8 @@ def signs(rewards: Tensor, mask: Tensor, group_ids: Tensor) -> tuple[Tensor, Non
     return group_normalize(rewards, group_ids).sign(), None
 
 
-@register_policy_loss("plain_ratio")
-def plain_ratio(
+@register_policy_loss("typed_ratio")
+def typed_ratio(
     old_logp: Tensor, logp: Tensor, advantages: Tensor, mask: Tensor, **kw: Any
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Without a clip."""

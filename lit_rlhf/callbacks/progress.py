@@ -18,7 +18,7 @@ _NAMES = {  # a line has little room; the last are left out first
     "perf/tokens_per_second": "tokens/s",
     "stability/entropy": "entropy",
 }
-_SLACK = 4  # columns that the count and the time left may grow by
+_SLACK = 5  # columns that the count and the time left may grow by
 _FORMAT = "{desc} |{bar:8}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}"
 
 
