@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -48,8 +49,12 @@ def test_twenty_kills_change_nothing(tmp_path, devices):
     moments, kills, read = random.Random(devices), 0, set()
     while kills < KILLS:
         process = start(killed, devices, 0)
-        process.join(timeout=moments.uniform(0, took / KILLS / 1.5))
-        assert process.exitcode is None, f"the run was over after {kills} kills"
+        process.join(timeout=moments.uniform(0, took / KILLS))
+        if process.exitcode is not None:  # the machine has become faster: the run is over before all kills are
+            assert_same(torch.load(killed / "ended.pt"), torch.load(whole / "ended.pt"))
+            shutil.rmtree(killed)
+            killed.mkdir()
+            continue
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
         kills += 1
