@@ -305,7 +305,7 @@ def test_the_bounds_are_those_that_are_written_down():
 
 
 def test_the_page_has_every_finding_with_its_metrics_and_bounds():
-    page = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text().split("\n## ")[0]
     rows = {
         row[0].strip("` "): row for row in (line.strip("| ").split(" | ") for line in page.splitlines()) if len(row) > 2
     }
