@@ -77,8 +77,11 @@ class Report(Callback):
         if trainer.is_global_zero:
             self._about[SECONDS] = round(self._earlier + time.monotonic() - self._began, 1)
             temporary = self.folder / ".environment.json.part"  # a kill leaves one or the other
-            temporary.write_text(json.dumps(self._about, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self.folder / "environment.json")
+            try:
+                temporary.write_text(json.dumps(self._about, indent=1) + "\n", encoding="utf-8")
+                temporary.replace(self.folder / "environment.json")
+            except OSError as error:  # a full disk, which the checkpoint tells to all ranks
+                warnings.warn(f"environment.json was not written: {error}", stacklevel=2)
 
     def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:

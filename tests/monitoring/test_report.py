@@ -197,12 +197,22 @@ def test_the_seconds_of_a_run_that_is_continued_are_those_of_all_its_parts(tmp_p
     with pytest.raises(KeyError):
         fit(tmp_path / "run", Hours(monkeypatch, breaks_in=3), keeper, rollouts=4)
     assert noted("run") == (300.0, False)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "environment.json").write_text(json.dumps({SECONDS: 50.0, ENDED: True}))
     for name, seconds in (("run", 500.0), ("elsewhere", 200.0)):
         last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
         fit(tmp_path / name, Hours(monkeypatch), ckpt_path=last, rollouts=4)
         assert noted(name) == (seconds, True)
     fit(tmp_path / "run", Hours(monkeypatch))
     assert noted("run") == (200.0, True), "begun anew"
+
+
+def test_a_note_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    (tmp_path / ".environment.json.part").mkdir()
+    keeper = RolloutCheckpoint(every_n_epochs=1, dirpath=tmp_path / "checkpoints")
+    with pytest.warns(UserWarning, match="environment.json was not written"):
+        fit(tmp_path, keeper)
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
 def test_a_chart_is_drawn_to_scale():
