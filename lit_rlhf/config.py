@@ -197,7 +197,11 @@ def check_targets(config: Mapping[str, Any], groups: Iterable[str]) -> None:
 
 
 def check_log_model(value: Any) -> None:
-    """Check what of a run becomes a W&B artifact."""
+    """Check what of a run becomes a W&B artifact.
+
+    Raises:
+        InputError: it is none of the three.
+    """
     if value not in (True, False, "all"):
         raise InputError(f"logger.wandb.log_model must be true, false or all, got {value!r}")
 

@@ -132,8 +132,7 @@ class StabilityMonitor(RLHFCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse; a state that cannot be read is left alone with a warning: the run is to go on without it."""
         try:
-            if state_dict.get("format") != _FORMAT:
-                raise ValueError(f"format {state_dict.get('format')} instead of {_FORMAT}")
+            _check_format(state_dict.get("format"))
             tracks = tracks_from(state_dict["tracks"])
             since, well = (
                 {gate: (noticed, turned) for gate, (noticed, turned) in state_dict[name].items()}
@@ -154,3 +153,8 @@ def _save(file: Path, content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)
+
+
+def _check_format(number: Any) -> None:
+    if number != _FORMAT:
+        raise ValueError(f"format {number} instead of {_FORMAT}")
