@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -19,6 +20,7 @@ from lit_rlhf.monitoring.comparison import FAILED
 from lit_rlhf.subprocesses import INTERRUPTED, run_module
 
 _OF_THE_SWEEP = ("hydra.mode=", "hydra.sweep.", "hydra.sweeper", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
+_JOB = "LIT_RLHF_SWEEP_JOB"  # in the environment of a sweep's runs
 _LONGEST = 150  # characters of a folder's name; most file systems take 255
 
 
@@ -76,7 +78,9 @@ def run(module: str, arguments: Sequence[str]) -> None:
     flags = [a for before, a in zip(["", *arguments], arguments, strict=False) if _is_flag(a) or _takes_value(before)]
     hydras = [o for o in own.overrides.hydra if not o.startswith(_OF_THE_SWEEP)]
     given = [*flags, *own.overrides.task, *hydras, f"hydra.run.dir={quoted(str(folder))}"]
-    code = run_module([module, *given], {"WANDB_RUN_GROUP": Path(own.sweep.dir).name, "WANDB_NAME": folder.name})
+    code = run_module(
+        [module, *given], {_JOB: "1", "WANDB_RUN_GROUP": Path(own.sweep.dir).name, "WANDB_NAME": folder.name}
+    )
     if code in INTERRUPTED:
         again = f"the same command with hydra.sweep.dir={own.sweep.dir} ckpt_path=last goes on"
         print(f"{again}; python -m lit_rlhf.compare {own.sweep.dir} compares what there is", file=sys.stderr)
@@ -96,9 +100,10 @@ def begin() -> None:
 
 def note_failure(says: str) -> None:
     """Leave word in the run's folder of why it has no end, and of what it was, for whoever compares runs."""
-    if _compared():
-        own = HydraConfig.get()
-        folder = Path(own.runtime.output_dir)
+    own = HydraConfig.get()
+    folder = Path(own.runtime.output_dir)
+    of_a_sweep = own.mode == RunMode.MULTIRUN or _JOB in os.environ
+    if _compared() and (of_a_sweep or (folder / "config").exists()):  # a single run that is refused leaves nothing
         with suppress(OSError):
             (folder / FAILED).write_text(says + "\n", encoding="utf-8")
             overrides = folder / "config" / "overrides.yaml"

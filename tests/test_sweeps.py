@@ -207,6 +207,7 @@ def test_every_run_is_a_command_of_its_own_in_a_folder_of_its_own(tmp_path, runs
     (first, environment), *_ = commands(tmp_path)
     assert first[:4] == ["lit_rlhf.train", "algo=grpo", "++algo.lr=0.0001", "seed=1"]
     assert first[4:] == [f"hydra.run.dir='{tmp_path}/s/{names[0]}'"]
+    environment.pop("LIT_RLHF_SWEEP_JOB")
     assert environment == {"WANDB_RUN_GROUP": "s", "WANDB_NAME": names[0]}
     assert re.search(r"rloo algo.lr=0.001 +1 +sampled accuracy +0.250 +0.750", ended.out)
 
@@ -214,6 +215,7 @@ def test_every_run_is_a_command_of_its_own_in_a_folder_of_its_own(tmp_path, runs
 def test_one_run_with_m_is_named_after_what_is_given(tmp_path, runs):
     assert fork("-m", "algo=grpo", "seed=1", "hydra.sweep.dir=s", cwd=tmp_path).code == 0
     ((_, environment),) = commands(tmp_path)
+    environment.pop("LIT_RLHF_SWEEP_JOB")
     assert environment == {"WANDB_RUN_GROUP": "s", "WANDB_NAME": "algo=grpo,seed=1"}
     assert (tmp_path / "s" / "algo=grpo,seed=1" / "metrics.csv").exists()
 
