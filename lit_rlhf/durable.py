@@ -41,6 +41,13 @@ def part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a text file that is the former one or the whole new one, whenever the process ends."""
+    part = part_of(file)
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
 def standing(path: Path) -> Path:
     """Where what has this name stands: beside it, if the process that was to replace it ended in the midst of that."""
     return old if not path.exists() and (old := _aside(path)).exists() else path

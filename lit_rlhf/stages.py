@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lit_rlhf.config import conf_dir, quoted
+from lit_rlhf.durable import write_text
 from lit_rlhf.errors import InputError
 from lit_rlhf.signatures import nearest, signature_of
 
@@ -89,9 +90,7 @@ class Stage:
         known = self.record
         known |= {"seconds": round(known["seconds"] + seconds, 1), "finished": finished}
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / ".stage.json"
-        partial.write_text(json.dumps(known, indent=2) + "\n")
-        partial.replace(self.folder / "stage.json")
+        write_text(self.folder / "stage.json", json.dumps(known, indent=2) + "\n")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:

@@ -7,11 +7,11 @@ the project, beside everyone's own; saving again adds another.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.failing import fail
 
 ROLLOUTS, STEPS = "rollout/iteration", "trainer/global_step"  # the x-axis; that of val/
 LAYOUT: Mapping[str, Sequence[tuple[str, ...]]] = {  # section -> panels -> the metrics of each
@@ -132,8 +132,7 @@ def main() -> None:
     try:
         print(save(arguments.place, arguments.name))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import lit_rlhf
 PACKAGE = Path(lit_rlhf.__file__).parent
 LAYERS = (  # lowest first; parts of one layer do not know each other
     {"errors"},
-    {"signatures"},
+    {"signatures", "durable"},
     {"types", "text", "functional", "config", "hub", "monitoring", "confidential", "versions"},
-    {"ranks", "failing", "durable", "loggers", "subprocesses"},
+    {"ranks", "failing", "loggers", "subprocesses"},
     {"registry"},
     {"metrics", "models"},
     {"rewards"},

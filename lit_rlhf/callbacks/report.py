@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_rlhf.durable import write_text
 from lit_rlhf.errors import InputError
 from lit_rlhf.monitoring.page import write_report
 from lit_rlhf.monitoring.run_folder import ENDED, SECONDS, environment_in
@@ -76,10 +77,8 @@ class Report(Callback):
     def _note(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             self._about[SECONDS] = round(self._earlier + time.monotonic() - self._began, 1)
-            temporary = self.folder / ".environment.json.part"  # a kill leaves one or the other
             try:
-                temporary.write_text(json.dumps(self._about, indent=1) + "\n", encoding="utf-8")
-                temporary.replace(self.folder / "environment.json")
+                write_text(self.folder / "environment.json", json.dumps(self._about, indent=1) + "\n")
             except OSError as error:  # a full disk, which the checkpoint tells to all ranks
                 warnings.warn(f"environment.json was not written: {error}", stacklevel=2)
 

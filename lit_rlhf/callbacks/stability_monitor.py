@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lit_rlhf.callbacks.hooks import RLHFCallback
-from lit_rlhf.durable import part_of
+from lit_rlhf.durable import write_text
 from lit_rlhf.errors import check_number
 from lit_rlhf.monitoring.checks import of_rollouts
 from lit_rlhf.monitoring.gates import GATES, Gate
@@ -149,10 +149,8 @@ class StabilityMonitor(RLHFCallback):
 
 
 def _save(file: Path, content: Any) -> None:
-    temporary = part_of(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def _check_format(number: Any) -> None:

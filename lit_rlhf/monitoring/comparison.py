@@ -48,8 +48,8 @@ class Run:
         given = self.read.config.get("trainer")
         limits = given if isinstance(given, dict) else {}
         reached = max((row.get("rollout/iteration", 0) for row in self.read.rows), default=0)
-        name, last = "rollout" if self.read.line("reward/reward_mean") else "pass", limits.get("max_epochs")
-        return f"at {name} {reached:.0f}" + (f" of {last}" if isinstance(last, int) and last > 0 else "")
+        last = limits.get("max_epochs")
+        return f"at {self.read.unit} {reached:.0f}" + (f" of {last}" if isinstance(last, int) and last > 0 else "")
 
     @property
     def whole(self) -> bool:

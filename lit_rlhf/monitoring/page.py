@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_rlhf.durable import write_text
 from lit_rlhf.monitoring.charts import Chart, short
 from lit_rlhf.monitoring.healthy import bands
 from lit_rlhf.monitoring.run_folder import RunFolder
@@ -50,9 +51,7 @@ def write_report(folder: str | Path) -> Path:
     """
     run = RunFolder.read(folder)
     file = run.path / "report.html"
-    temporary = run.path / ".report.html.part"
-    temporary.write_text(page(run), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, page(run))
     return file
 
 
@@ -92,8 +91,7 @@ def _summary(run: RunFolder) -> str:
     parts = [f"{run.path.name}"]
     rollouts = run.line("rollout/iteration")
     if rollouts is not None:
-        sampled = run.line("reward/reward_mean") is not None  # else it learns from what it is given
-        parts.append(f"{rollouts.y[-1]:.0f} {'rollouts' if sampled else 'passes'}")
+        parts.append(f"{rollouts.y[-1]:.0f} {'rollouts' if run.unit == 'rollout' else 'passes'}")
     measures = {"val/accuracy_sampled": "held-out accuracy", "val/preference_accuracy": "held-out pairs in order"}
     for metric, name in measures.items():
         if (line := run.line(metric)) is not None:

@@ -64,6 +64,11 @@ class RunFolder:
         algo = self.config.get("algo")
         return str(algo.get("_target_", "")).rpartition(".")[2] if isinstance(algo, dict) else ""
 
+    @property
+    def unit(self) -> str:
+        """What `rollout/iteration` counts: a rollout, or a pass over data."""
+        return "pass" if self.line("reward/reward_mean") is None else "rollout"
+
     def line(self, metric: str, name: str | None = None, by: str = "rollout/iteration") -> Line | None:
         """The curve of a metric by rollout (or pass), validations at the rollout before them; None without a point.
 
